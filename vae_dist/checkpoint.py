@@ -1,0 +1,180 @@
+"""Checkpoints: written whole or not at all, verified when read, found again after any crash. No pickle, ever.
+
+A checkpoint is a folder `step_<8 digits>` of safetensors and JSON. `trainer.json` holds the SHA-256 of every file, itself
+included, and the folder gets its name only when all of it lies on the disk.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from vae_dist.config import InputError
+
+FORMAT = 1
+_HASHED = ("config.json", "model.safetensors", "trainer.safetensors")
+_MANIFEST = "trainer.json"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+class Checkpoint(NamedTuple):
+    """Everything a run needs to go on."""
+
+    config: dict[str, Any]  # what the run is
+    model: dict[str, Tensor]
+    trainer: dict[str, Tensor]  # optimizer moments, loss scale
+    progress: dict[str, Any]  # counters and sums; plain JSON
+
+
+class Damaged(Exception):
+    """A file of a checkpoint is missing or is not what was written; the message says which and how."""
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint as `folder`, atomically: after a kill at any moment it is there and whole, or not there."""
+    temporary = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    contents = {
+        "config.json": _to_json(checkpoint.config),
+        "model.safetensors": safetensors.torch.save(checkpoint.model),
+        "trainer.safetensors": safetensors.torch.save(checkpoint.trainer),
+    }
+    manifest = {"format": FORMAT, **checkpoint.progress, "sha256": {name: _sha256(contents[name]) for name in _HASHED}}
+    contents[_MANIFEST] = _to_json(manifest | {"sha256_of_the_above": _sha256(_to_json(manifest))})
+    try:
+        for name, content in contents.items():
+            _write_and_sync(temporary / name, content)
+    except OSError:  # no room, say: give back what was taken
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(temporary)
+    if folder.exists():  # a damaged one of the same step
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+    _sync_folder(folder.parent)
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads and verifies a checkpoint. Raises Damaged, naming the file."""
+    manifest = _read_manifest(folder)
+    contents = {name: _read_file(folder / name) for name in _HASHED}
+    for name, content in contents.items():
+        if _sha256(content) != manifest["sha256"].get(name):
+            raise Damaged(f"{folder / name}: its SHA-256 is not the one that was written")
+    try:
+        return Checkpoint(
+            config=json.loads(contents["config.json"]),
+            model=safetensors.torch.load(contents["model.safetensors"]),
+            trainer=safetensors.torch.load(contents["trainer.safetensors"]),
+            progress={key: value for key, value in manifest.items() if key not in ("format", "sha256")},
+        )
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise Damaged(f"{folder}: cannot be parsed: {error}") from None
+
+
+def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, None where there is none yet, and what is wrong with newer ones.
+
+    Raises InputError where there are checkpoints but none is whole: starting over would be a loss nobody asked for.
+    """
+    problems: list[str] = []
+    for folder in reversed(list_checkpoints(checkpoints)):
+        try:
+            read(folder)
+        except Damaged as error:
+            problems.append(str(error))
+        else:
+            return folder, problems
+    if problems:
+        listed = "; ".join(problems)
+        raise InputError(f"{checkpoints}: no checkpoint is whole ({listed}). Restore one, or start anew in another --output")
+    return None, problems
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints; called after a new one is on the disk."""
+    for folder in list_checkpoints(checkpoints)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def folder_of_step(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def write_atomically(file: Path, content: bytes | str) -> None:
+    """Writes a file that is, for every reader and after any crash, the old one or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.unfinished")
+    _write_and_sync(temporary, content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, file)
+    _sync_folder(file.parent)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises InputError where it is none."""
+    try:
+        return safetensors.torch.load(file.read_bytes())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise InputError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / _MANIFEST
+    try:
+        manifest = json.loads(_read_file(file))
+        written = manifest.pop("sha256_of_the_above")
+        if _sha256(_to_json(manifest)) != written or not isinstance(manifest["sha256"], dict):
+            raise Damaged(f"{file}: its SHA-256 is not the one that was written")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{file}: not the JSON that was written") from None
+    if manifest.get("format") != FORMAT:
+        raise Damaged(f"{file}: format {manifest.get('format')}, this version reads {FORMAT}")
+    name = _NAME.fullmatch(folder.name)
+    if name and manifest.get("step") != int(name[1]):
+        raise Damaged(f"{file}: of step {manifest.get('step')}, in the folder of another")
+    return dict(manifest)
+
+
+def _read_file(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise Damaged(f"{file}: {error.strerror}") from None
+
+
+def _to_json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_and_sync(file: Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes names in a folder durable: a rename is only on the disk when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,270 @@
+"""What a run is: frozen dataclasses, filled from a YAML file and then the command line, and saved again.
+
+A field's docstring is its help text. Values are checked where the config is made; every error names the flag.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+T = TypeVar("T")
+
+# Fields that may differ when a run folder is continued: they leave the meaning of the figures alone.
+FREE_FIELDS = frozenset(
+    ["output", "resume", "data.root", "trainer.epochs", "trainer.micro_batch_size", "checkpoint", "tracking"]
+)
+
+
+class InputError(ValueError):
+    """Bad configuration or data. Entry points print it once, without a traceback, and exit with status 2."""
+
+
+def _require(condition: bool, flag: str, value: object, wanted: str) -> None:
+    if not condition:
+        shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+        raise InputError(f"{flag} {shown}: must be {wanted}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and batches."""
+
+    name: Literal["mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "glyphs"] = "mnist"
+    """Data set. `glyphs` is embedded; the others are read from `root`, or downloaded to it where they are missing."""
+    root: str = "data"
+    """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not)."""
+    batch_size: int = 128
+    """Images of one optimizer step, over all processes (the global batch)."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "--data.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    kind: Literal["mlp"] = "mlp"
+    """Architecture of encoder and decoder."""
+    hidden: tuple[int, ...] = (400,)
+    """Widths of the encoder's hidden layers; the decoder has them in reverse."""
+    latent_dim: int = 20
+    """Dimensions of the latent."""
+
+    def __post_init__(self) -> None:
+        _require(all(width >= 1 for width in self.hidden), "--model.hidden", self.hidden, "widths of at least 1")
+        _require(self.latent_dim >= 1, "--model.latent_dim", self.latent_dim, "at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedule, counted in optimizer steps."""
+
+    kind: Literal["adam", "sgd"] = "adam"
+    """Update rule. The gradient is that of a sum over the global batch, which matters to sgd."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's first and second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or falling to 0 at the last step of the last epoch."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises linearly from 0."""
+    clip_norm: float | None = None
+    """Largest L2 norm of the gradient of the summed loss; larger ones are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < float("inf"), "--optimizer.lr", self.lr, "a positive number")
+        _require(all(0 <= b < 1 for b in self.betas), "--optimizer.betas", self.betas, "in [0, 1)")
+        _require(0 < self.eps < float("inf"), "--optimizer.eps", self.eps, "a positive number")
+        _require(self.warmup_steps >= 0, "--optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        clip = self.clip_norm
+        _require(clip is None or 0 < clip < float("inf"), "--optimizer.clip_norm", clip, "a positive number, or none")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the network in training; the loss and every evaluation are float32. fp16 needs a GPU."""
+    micro_batch_size: int | None = None
+    """Images a process takes at once; its part of a batch is accumulated in several rounds if larger. None: all."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "--trainer.epochs", self.epochs, "at least 1")
+        micro = self.micro_batch_size
+        _require(micro is None or micro >= 1, "--trainer.micro_batch_size", micro, "at least 1, or none")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save. There is a checkpoint at every epoch's end in any case."""
+
+    every_steps: int | None = None
+    """Save every so many optimizer steps too."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        every = self.every_steps
+        _require(every is None or every >= 1, "--checkpoint.every_steps", every, "at least 1, or none")
+        _require(self.keep >= 1, "--checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What is recorded, besides metrics.jsonl and the pictures."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases; `auto` is online where a key is configured, else offline."""
+    project: str = "vae_dist"
+    """W&B project."""
+    log_every: int = 50
+    """Optimizer steps between two points of the training curves."""
+
+    def __post_init__(self) -> None:
+        _require(self.log_every >= 1, "--tracking.log_every", self.log_every, "at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. What it computes follows from these fields alone, at any number of processes."""
+
+    output: str = ""
+    """The run's folder; empty: runs/<name of the config file, or of the data set>. A run that lies there is continued."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in the output folder; never; or the path of a checkpoint."""
+    seed: int = 0
+    """The one seed."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "--seed", self.seed, "in 0 … 2^63 - 1")
+
+
+def parse(args: Sequence[str]) -> Config:
+    """The run that a command line asks for. Options beat the file that `--config` names, the file beats the defaults.
+
+    Whatever is wrong is printed once and ends the process with status 2, through SystemExit.
+    """
+    file, options = _take_config_option(list(args))
+    config, name = Config(), None
+    if file is not None:
+        try:
+            config, name = command_line(Config, _PROG, list(_as_options(_read_yaml(file)))), file.stem
+        except SystemExit:
+            if is_spokesman():
+                print(f"(these options were read from {file})", file=sys.stderr)
+            raise
+    config = command_line(Config, _PROG, options, config, _DESCRIPTION)
+    return replace(config, output=config.output or f"runs/{name or config.data.name}")
+
+
+def command_line(kind: type[T], prog: str, args: Sequence[str], default: T | None = None, description: str = "") -> T:
+    """An instance of a dataclass from command-line options; wrong ones are printed and end the process with status 2."""
+    return tyro.cli(
+        kind,
+        prog=f"python -m {prog}",
+        args=[_WORDS.get(arg, arg) for arg in args],
+        default=default,
+        description=description or None,
+        use_underscores=True,
+        console_outputs=is_spokesman(),
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def is_spokesman() -> bool:
+    """Whether this process prints errors that every process of its machine finds (before ranks can agree on anything)."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def from_mapping(values: Mapping[str, Any], source: object) -> Config:
+    """The Config that `to_mapping` turned into plain values. Raises InputError, naming `source`, where it is none."""
+    try:
+        return tyro.cli(Config, args=list(_as_options(values)), config=(tyro.conf.FlagConversionOff,), console_outputs=False)
+    except SystemExit:
+        raise InputError(f"{source}: not a config that vae_dist of this version can read") from None
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """Plain nested values, fit for YAML and JSON."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML: feeding it back gives the same Config."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """A line for each field that differs and gives the run another meaning, for example `seed: 0 there, 1 here`."""
+    before, after = _flatten(to_mapping(old)), _flatten(to_mapping(new))
+    free = FREE_FIELDS if new.optimizer.schedule == "constant" else FREE_FIELDS - {"trainer.epochs"}
+    changed = [name for name in after if before.get(name) != after[name]]
+    return [
+        f"{name}: {before.get(name)} there, {after[name]} here"
+        for name in changed
+        if name not in free and name.split(".")[0] not in free
+    ]
+
+
+_PROG = "vae_dist.train"
+_DESCRIPTION = """Train a variational autoencoder. --config FILE reads the options of a YAML recipe first;
+options given here beat it. To run on several processes: accelerate launch [launcher options] -m vae_dist.train ..."""
+_WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
+
+
+def _take_config_option(args: list[str]) -> tuple[Path | None, list[str]]:
+    """Splits `--config FILE` or `--config=FILE` off the other options."""
+    parser = argparse.ArgumentParser(prog=f"python -m {_PROG}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, others = parser.parse_known_args(args)
+    return known.config, others
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {file}: {error.strerror or error}; name a YAML file, such as configs/mnist.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"--config {file}: must hold fields and values, such as `seed: 0`, not a {type(values).__name__}")
+    return values
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _as_options(values: Mapping[str, Any]) -> Iterator[str]:
+    """Nested values as the command-line options that mean the same."""
+    for name, value in _flatten(values).items():
+        yield f"--{name}"
+        yield from (str(item) for item in (value if isinstance(value, (list, tuple)) else [value]))

@@ -1,0 +1,147 @@
+"""The data sets by name: found under a folder, downloaded where they are missing, and read once into uint8 tensors."""
+
+import socket
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_dist.config import DataConfig, InputError
+from vae_dist.data import glyphs
+from vae_dist.data.idx import read_idx
+
+_PROBE_SECONDS = 6.0  # for a first answer of the servers; a missing network must not cost more
+
+
+class Images(NamedTuple):
+    """A labelled set of images."""
+
+    pixels: Tensor  # uint8 (n, channels, height, width)
+    labels: Tensor  # int64 (n,)
+
+    def to(self, device: torch.device) -> "Images":
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+class _IdxSet(NamedTuple):
+    """A data set of IDX files, as torchvision names and lays them."""
+
+    torchvision: str  # its class, and its folder under the root
+    train: str  # what the file names begin with
+    test: str
+    transposed: bool = False  # EMNIST stores columns before rows
+
+
+_IDX_SETS = {
+    "mnist": _IdxSet("MNIST", "train", "t10k"),
+    "fashion_mnist": _IdxSet("FashionMNIST", "train", "t10k"),
+    "kmnist": _IdxSet("KMNIST", "train", "t10k"),
+    "emnist": _IdxSet("EMNIST", "emnist-digits-train", "emnist-digits-test", transposed=True),
+}
+_CIFAR_FOLDER = "cifar-10-batches-py"
+
+
+def load(config: DataConfig, train: bool) -> Images:
+    """The training or the test images. Raises InputError where they are missing, damaged or empty."""
+    if config.name == "glyphs":
+        start, stop = (0, glyphs.TRAIN_IMAGES) if train else (glyphs.TRAIN_IMAGES, glyphs.TRAIN_IMAGES + glyphs.TEST_IMAGES)
+        return Images(*glyphs.draw(start, stop))
+    if config.name == "cifar10":
+        return _load_cifar10(Path(config.root), train)
+    return _load_idx(_IDX_SETS[config.name], Path(config.root), train)
+
+
+def fetch_missing(config: DataConfig) -> None:
+    """Downloads the data set with torchvision where it is not under the root. Run by one process of each machine.
+
+    Raises InputError, within 15 seconds where there is no network, with the ways out.
+    """
+    root = Path(config.root)
+    if config.name == "glyphs" or not (missing := _missing(config.name, root)):
+        return
+    from torchvision import datasets  # costs seconds: only where it is needed
+
+    kind = getattr(datasets, _IDX_SETS[config.name].torchvision if config.name in _IDX_SETS else "CIFAR10")
+    urls = list(getattr(kind, "mirrors", None) or [kind.url])
+    try:
+        if not _any_answers(urls):
+            raise ConnectionError("no server answers; is there a network?")
+        root.mkdir(parents=True, exist_ok=True)
+        kind(str(root), download=True, **({"split": "digits"} if config.name == "emnist" else {"train": True}))
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--data.name {config.name}: {missing} is missing, and downloading it failed ({error}). "
+            f"Put the files into {_home(config.name, root)}, or name the folder that has them with --data.root DIR, "
+            "or train on the embedded set with --data.name glyphs"
+        ) from None
+
+
+def _home(name: str, root: Path) -> Path:
+    """Where torchvision lays a data set."""
+    return root / _IDX_SETS[name].torchvision / "raw" if name in _IDX_SETS else root / _CIFAR_FOLDER
+
+
+def _missing(name: str, root: Path) -> str:
+    """The first file that is not there; empty where none is missing."""
+    if name == "cifar10":
+        return "" if (root / _CIFAR_FOLDER).is_dir() else _CIFAR_FOLDER
+    kind = _IDX_SETS[name]
+    files = [file for split in (kind.train, kind.test) for file in _idx_names(split)]
+    return next((file for file in files if _find(kind, root, file) is None), "")
+
+
+def _idx_names(split: str) -> tuple[str, str]:
+    return f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
+
+
+def _find(kind: _IdxSet, root: Path, file: str) -> Path | None:
+    """An IDX file or its .gz: in torchvision's layout under the root, or in the root itself."""
+    folders = (root / kind.torchvision / "raw", root / kind.torchvision, root / "raw", root)
+    candidates = (folder / f"{file}{suffix}" for folder in folders for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _load_idx(kind: _IdxSet, root: Path, train: bool) -> Images:
+    paths = [_find(kind, root, file) or root / file for file in _idx_names(kind.train if train else kind.test)]
+    pixels, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+    if len(pixels) != len(labels):
+        raise InputError(f"{paths[0]} has {len(pixels)} images, but {paths[1]} has {len(labels)} labels; fetch both again")
+    if kind.transposed:
+        pixels = pixels.transpose(1, 2)
+    return Images(pixels.unsqueeze(1).contiguous(), labels.long())
+
+
+def _load_cifar10(root: Path, train: bool) -> Images:
+    from torchvision import datasets  # costs seconds: only where it is needed
+
+    try:
+        # torchvision compares each file's checksum with the published one before it unpickles it.
+        data = datasets.CIFAR10(str(root), train=train)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{root / _CIFAR_FOLDER}: not the published CIFAR-10 ({error}); fetch it again") from None
+    return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
+
+
+def _any_answers(urls: list[str]) -> bool:
+    """Whether a server gives any answer in time. In threads: looking a name up has no time limit of its own."""
+    answered = threading.Event()
+
+    def ask(url: str) -> None:
+        try:
+            urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
+            answered.set()
+        except urllib.error.HTTPError:
+            answered.set()
+        except (OSError, socket.timeout):
+            pass
+
+    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_PROBE_SECONDS / len(threads))
+    return answered.is_set()

@@ -1,0 +1,128 @@
+"""What several processes do together: start, sum gradients and figures exactly, and decide."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vae_dist.config import InputError, TrainerConfig, is_spokesman
+
+T = TypeVar("T")
+
+EXIT_DIVERGED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
+
+_PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+# The loss is a sum over the global batch: torch's first scale of 65536 would overflow fp16 for dozens of steps.
+_FP16_SCALE_PER_BATCH = 8192.0
+
+
+def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelerator:
+    """The Accelerator of this process, on a GPU if there is one, with as many processes as the launcher meant.
+
+    Raises InputError where the launcher started fewer processes than asked, there are too few GPUs for them, or the
+    precision cannot be had.
+    """
+    _check_launch()
+    on_cpu = not torch.cuda.is_available()  # without it, torchrun's processes would each take themselves for the only one
+    precision = trainer.precision if trainer else "fp32"
+    if precision == "fp16" and on_cpu:
+        raise InputError("--trainer.precision fp16: needs a GPU, and none is visible; take bf16 or fp32")
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and local_processes > torch.cuda.device_count():
+        raise InputError(f"{local_processes} processes were started here for {torch.cuda.device_count()} visible GPUs")
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=_PRECISIONS[precision],
+        log_with="wandb",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            GradScalerKwargs(init_scale=_FP16_SCALE_PER_BATCH / batch_size),
+        ],
+    )
+    accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; `backward` would divide by it
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise InputError(f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}")
+    if on_cpu and local_processes > 1:  # launchers say one thread each, whatever the machine has
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+    return accelerator
+
+
+def _check_launch() -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process: it sets an address, but no number of processes."""
+    meant_several = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if meant_several and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "accelerate launch was asked for several processes but started one, as it does for CPUs; "
+            "start them with `accelerate launch --config_file launch/multi_cpu.yaml --num_processes N`"
+        )
+
+
+def wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model on this rank's device, through DDP and autocast; its gradients are summed over ranks, not averaged."""
+    wrapped: nn.Module = accelerator.prepare_model(model)
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.register_comm_hook(None, _sum_gradients)
+    return wrapped
+
+
+def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook. The objective is a sum over the global batch, so its gradient is the sum of the ranks'."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> list[float]:
+    """The sum of a float64 vector over all ranks, on the host of each. All ranks call it; it waits for the device."""
+    total: list[float] = accelerator.reduce(values, "sum").tolist()
+    return total
+
+
+def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Runs `action` on every rank. Where it fails on any, with InputError or OSError, all ranks raise the same InputError."""
+    result: list[T] = []
+    problem = None
+    try:
+        result.append(action())
+    except InputError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+    problems: Iterable[str | None] = gather_object([problem])
+    for first in filter(None, problems):
+        raise InputError(first)
+    return result[0]
+
+
+def on_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
+    """`together`, but only rank zero does it; the others get None, or the same InputError."""
+    return together(accelerator, lambda: action() if accelerator.is_main_process else None)
+
+
+def from_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What `action` returns on rank zero, on all ranks; or the same InputError on all."""
+    found: list[T] = broadcast_object_list([on_first_rank(accelerator, action)])
+    return found[0]
+
+
+def run_entry_point(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` and exits with its status; bad input is printed once, without a traceback, and exits with status 2."""
+    try:
+        status = main()
+    except InputError as error:
+        if is_spokesman():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = EXIT_BAD_INPUT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)

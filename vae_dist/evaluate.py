@@ -1,0 +1,93 @@
+"""Exact evaluation of a run on its test images, at any number of processes.
+
+    python -m vae_dist.evaluate runs/mnist
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import tyro
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from vae_dist.checkpoint import write_atomically
+from vae_dist.config import command_line
+from vae_dist.data import as_images, sources
+from vae_dist.data.order import Partition
+from vae_dist.distributed import on_first_rank, run_entry_point, start, sum_over_ranks, together
+from vae_dist.model import VAE, Output, reparameterize
+from vae_dist.noise import Stream, derive_key, normal
+from vae_dist.objective import Sums, negative_elbo
+from vae_dist.run import RunFolder, load_model
+
+# Rows of every forward pass, whatever the number of ranks: an image's figure then never depends on who else evaluates.
+_ROWS = 500
+
+
+class Evaluation(NamedTuple):
+    """Sums over all images, and the standard error of their mean loss over images, in nats."""
+
+    sums: Sums
+    stderr: float
+
+
+@torch.no_grad()
+def evaluate(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator, progress: bool = False) -> Evaluation:
+    """The negative ELBO of all images, uint8 (n, *image_shape) on the device of the model, each counted once.
+
+    One latent per image, from noise keyed by the image alone: figures of different epochs differ by their weights only. In
+    float32 under every training precision, since `encode` and `decoder` run outside autocast. All ranks call it.
+    """
+    partition = Partition(len(pixels), _ROWS * accelerator.num_processes, accelerator.num_processes)
+    order = torch.arange(len(pixels), device=pixels.device)
+    key = derive_key(seed, Stream.EVALUATION)
+    totals = torch.zeros(4, dtype=torch.float64, device=pixels.device)
+    mine = partition.of_rank(order, accelerator.process_index).flatten(1)
+    for indices in tqdm(mine, desc="evaluating", disable=None if progress and accelerator.is_main_process else True):
+        images = as_images(pixels[indices.clamp(min=0)])
+        posterior = model.encode(images)
+        latents = reparameterize(posterior, normal(key, indices, model.latent_dim))
+        terms = negative_elbo(Output(model.decoder(latents), *posterior), images, model.likelihood)
+        weights = indices >= 0
+        columns = torch.stack([terms.bce, terms.kld, terms.loss.square(), torch.ones_like(terms.bce)])
+        totals += (columns.double() * weights).sum(1)
+    bce, kld, squares, n = sum_over_ranks(accelerator, totals)
+    variance = max(0.0, squares / n - ((bce + kld) / n) ** 2)
+    return Evaluation(Sums(bce, kld, n), math.sqrt(variance / n))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate a run on the test images of its data set, print the figures, and write them to evaluation.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, or of one of its checkpoints."""
+    root: Annotated[str | None, tyro.conf.arg(name="data.root")] = None
+    """Where the data set lies, if elsewhere than in training."""
+
+
+def main(args: list[str] | None = None) -> int:
+    options = command_line(Options, "vae_dist.evaluate", sys.argv[1:] if args is None else args)
+    accelerator = start()
+    model, config = together(accelerator, lambda: load_model(options.run))
+    data = replace(config.data, root=options.root or config.data.root)
+    test = together(accelerator, lambda: sources.load(data, train=False))
+    result = evaluate(model.to(accelerator.device), test.pixels.to(accelerator.device), config.seed, accelerator, True)
+    figures = result.sums.figures()
+    record = {"split": "test", "n": figures["n"], "elbo": -figures["loss"], **figures, "stderr": result.stderr}
+    on_first_rank(
+        accelerator,
+        lambda: write_atomically(RunFolder(options.run).evaluation, json.dumps(record, indent=2) + "\n"),
+    )
+    accelerator.print(f"test loss {figures['loss']:.4f} ± {result.stderr:.4f} nats (bce {figures['bce']:.4f} + kld {figures['kld']:.4f}), n={figures['n']}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,74 @@
+"""The variational autoencoder (Kingma & Welling 2014, Rezende et al. 2014): encode, reparameterize, decode."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vae_dist.config import ModelConfig
+from vae_dist.likelihoods import Bernoulli
+from vae_dist.networks import build_networks
+from vae_dist.noise import Stream, derive_key, normal
+
+
+class Posterior(NamedTuple):
+    """q(z|x): a normal distribution with diagonal covariance."""
+
+    mean: Tensor  # (batch, latent_dim)
+    logvar: Tensor  # (batch, latent_dim), log of the variance
+
+
+class Output(NamedTuple):
+    """What the objective needs. A NamedTuple: Accelerate casts its fields back to float32 under mixed precision."""
+
+    decoded: Tensor  # (batch, *image_shape), the parameters of p(x|z): logits
+    mean: Tensor  # (batch, latent_dim), of q(z|x)
+    logvar: Tensor  # (batch, latent_dim)
+
+
+class VAE(nn.Module):
+    """An encoder, a decoder and a likelihood, with a standard normal prior.
+
+    Training calls the module itself, through the DDP wrapper and autocast; `encode`, `decode` and `sample` are for everything
+    else and compute in the parameters' own precision.
+    """
+
+    def __init__(self, config: ModelConfig, image_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.latent_dim = config.latent_dim
+        self.image_shape = tuple(image_shape)
+        self.encoder, self.decoder = build_networks(config, image_shape)
+        self.likelihood = Bernoulli()
+
+    def forward(self, images: Tensor, noise: Tensor) -> Output:
+        """Images in [0, 1], (batch, *image_shape), and standard normal noise, (batch, latent_dim)."""
+        posterior = self.encode(images)
+        return Output(self.decoder(reparameterize(posterior, noise)), *posterior)
+
+    def encode(self, images: Tensor) -> Posterior:
+        """q(z|x) of images in [0, 1], (batch, *image_shape)."""
+        return Posterior(*self.encoder(images).chunk(2, dim=1))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """E[x|z] in [0, 1], (batch, *image_shape), of latents (batch, latent_dim)."""
+        return self.likelihood.mean(self.decoder(latents))
+
+    @torch.no_grad()
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """E[x|z] for n latents drawn from the prior; the same for the same seed, and the first of more."""
+        device = next(self.parameters()).device
+        noise = normal(derive_key(seed, Stream.SAMPLES), torch.arange(n, device=device), self.latent_dim)
+        return self.decode(noise)
+
+
+def reparameterize(posterior: Posterior, noise: Tensor) -> Tensor:
+    """Latents drawn from q(z|x), differentiable in its parameters; float32 at least."""
+    return posterior.mean + torch.exp(0.5 * posterior.logvar.float()) * noise
+
+
+def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int) -> VAE:
+    """A new model on the CPU, its weights a function of the seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VAE(config, image_shape)

@@ -1,0 +1,137 @@
+"""A run's folder: claimed by one job at a time, never by another config, and telling how the run ended."""
+
+import fcntl
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import safetensors.torch
+import yaml
+from torch import Tensor
+
+from vae_dist import checkpoint
+from vae_dist.config import Config, InputError, differences, from_mapping, to_mapping, to_yaml
+from vae_dist.model import VAE
+
+State = Literal["running", "finished", "interrupted", "failed"]
+
+
+class RunFolder:
+    """Names of the files in a run's folder, and the few operations on it as a whole. Rank zero writes, every rank reads."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.images = self.path / "images"
+        self.evaluation = self.path / "evaluation.json"
+        self._config = self.path / "config.yaml"
+        self._status = self.path / "status.json"
+        self._lock: TextIO | None = None
+
+    def claim(self, config: Config) -> None:
+        """Makes the folder this job's, or takes up the run that lies there. Rank zero only.
+
+        Raises InputError where it holds a run of another config, a running job, or something that is no run, and where
+        `--resume never` meets a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--output {self.path}: is a file; name a folder")
+        holds_run = self._config.is_file()
+        if self.path.is_dir() and not holds_run and any(path.name != ".lock" for path in self.path.iterdir()):
+            raise InputError(f"--output {self.path}: holds files but no run; name a new or empty folder")
+        if holds_run and config.resume == "never":
+            raise InputError(f"--output {self.path}: holds a run, and --resume never would overwrite it; name another folder")
+        if holds_run and (changes := differences(self.config(), config)):
+            raise InputError(
+                f"--output {self.path}: holds a run of another config ({'; '.join(changes)}). "
+                "Name another folder, or give the same options"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        checkpoint.write_atomically(self._config, to_yaml(config))
+
+    def _take_lock(self) -> None:
+        """A lock that goes with the process, however it ends."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--output {self.path}: another job is running there; wait for it, or name another") from None
+
+    def config(self) -> Config:
+        """The config of the run. Raises InputError where there is none that can be read."""
+        try:
+            values = yaml.safe_load(self._config.read_text())
+        except OSError as error:
+            raise InputError(f"{self._config}: {error.strerror}; is {self.path} the folder of a run?") from None
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise InputError(f"{self._config}: not YAML") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{self._config}: not a run's config")
+        return from_mapping(values, self._config)
+
+    def set_status(self, state: State, reason: str, **figures: int) -> None:
+        """Says how the run stands, for schedulers: a launcher of several processes turns every exit status into 1."""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        status = {"state": state, "reason": reason, **figures, "time": moment}
+        checkpoint.write_atomically(self._status, json.dumps(status) + "\n")
+
+    def state(self) -> str:
+        """The state last set; empty where none was."""
+        try:
+            return str(json.loads(self._status.read_text())["state"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def save_model(self, config: Config, model: VAE) -> None:
+        """Writes the final weights and their description: all that anybody needs to use the model."""
+        checkpoint.write_atomically(self.path / "config.json", json.dumps(describe(config, model.image_shape), indent=2) + "\n")
+        checkpoint.write_atomically(self.path / "model.safetensors", safetensors.torch.save(model.state_dict()))
+
+    def wandb_id(self) -> str:
+        """The id of this folder's W&B run, made up at its first use."""
+        file = self.path / "wandb" / "run_id"
+        if not file.is_file():
+            checkpoint.write_atomically(file, secrets.token_hex(4))
+        return file.read_text()
+
+
+def describe(config: Config, image_shape: Sequence[int]) -> dict[str, Any]:
+    """What `config.json` says beside saved weights: enough to build the model again."""
+    return {"format": checkpoint.FORMAT, "image_shape": list(image_shape), "config": to_mapping(config)}
+
+
+def load_model(path: str | Path) -> tuple[VAE, Config]:
+    """The model of a run, or of one checkpoint, in eval mode on the CPU, and its config.
+
+    Of a run: the final weights, or its newest whole checkpoint while it is not finished. Raises InputError where there is
+    neither, or they cannot be read.
+    """
+    run = RunFolder(path)
+    folder = run.path
+    if not (folder / "model.safetensors").is_file() or (run.state() not in ("", "finished") and run.checkpoints.is_dir()):
+        newest, _ = checkpoint.newest_whole(run.checkpoints)
+        if newest is None:
+            raise InputError(f"{folder}: no weights there: neither model.safetensors nor a checkpoint")
+        folder = newest
+    description = folder / "config.json"
+    try:
+        values = json.loads(description.read_text())
+        config, shape = from_mapping(values["config"], description), [int(side) for side in values["image_shape"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{description}: cannot be read: {error}") from None
+    model = VAE(config.model, shape)
+    restore_weights(model, checkpoint.read_tensors(folder / "model.safetensors"), folder)
+    return model.eval(), config
+
+
+def restore_weights(model: VAE, tensors: dict[str, Tensor], source: Path) -> None:
+    """Loads weights by name. Raises InputError where they are not this model's."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{source}: the weights do not fit the model: {' '.join(str(error).split())}") from None

@@ -1,0 +1,140 @@
+"""Where figures and pictures go: metrics.jsonl and Weights & Biases. Rank zero's tracker writes, the others' does nothing."""
+
+import contextlib
+import json
+import netrc
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from accelerate import Accelerator
+
+from vae_dist.checkpoint import write_atomically
+from vae_dist.config import Config, InputError, to_mapping
+from vae_dist.run import RunFolder
+
+Row = dict[str, Any]
+
+_WANDB_START_SECONDS = 30.0  # for a server to answer before the run goes on offline
+
+
+class Tracker:
+    """The face that every rank sees. This one, the base, does nothing: it is what ranks other than zero get."""
+
+    def log(self, group: str, row: Row, pictures: Mapping[str, Path] | None = None) -> None:
+        """Records one row of figures, and picture files under their names. `group` heads their names in W&B."""
+
+    def close(self) -> str:
+        """Ends the records; returns where the W&B run is, and what to do with it."""
+        return ""
+
+
+class RunTracker(Tracker):
+    """Rank zero's."""
+
+    def __init__(self, accelerator: Accelerator, run: RunFolder, config: Config, step: int) -> None:
+        """Goes on after optimizer step `step`: rows beyond it, of a run that was cut off, are about to be made again."""
+        rows = [row for row in read_rows(run.metrics) if row["step"] <= step]
+        write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        self._metrics = run.metrics.open("a")
+        self._best = min((row["loss"] for row in rows if row["split"] == "test"), default=float("inf"))
+        self._accelerator = accelerator
+        self._folder = run.path / "wandb"
+        self._wandb: Any = None
+        self._start_wandb(run, config)
+
+    def log(self, group: str, row: Row, pictures: Mapping[str, Path] | None = None) -> None:
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+        self._metrics.flush()
+        if row["split"] == "test":
+            self._best = min(self._best, row["loss"])
+        with self._surviving_wandb():
+            if self._wandb is not None:
+                self._log_wandb(group, row, pictures or {})
+
+    def close(self) -> str:
+        self._metrics.close()
+        run = self._wandb
+        with self._surviving_wandb():
+            if run is not None:
+                run.finish()
+        if run is None:
+            return ""
+        if not run.offline:
+            return str(run.url)
+        return f"{self._folder}, offline; upload it with: wandb sync {self._folder}/offline-run-*"
+
+    def _start_wandb(self, run: RunFolder, config: Config) -> None:
+        mode = wandb_mode(config)
+        if mode == "disabled":
+            return
+        if mode == "online":
+            with self._surviving_wandb("going on offline"):
+                self._init_wandb(run, config, mode)
+                return
+        with self._surviving_wandb():
+            self._init_wandb(run, config, "offline")
+
+    def _init_wandb(self, run: RunFolder, config: Config, mode: str) -> None:
+        import wandb  # costs a second: only where it is used
+
+        settings = wandb.Settings(silent=True, init_timeout=_WANDB_START_SECONDS)
+        options = {"id": run.wandb_id(), "name": run.path.name, "dir": str(run.path), "mode": mode, "settings": settings}
+        self._accelerator.trackers.clear()  # of an attempt that failed
+        self._accelerator.init_trackers(
+            config.tracking.project, to_mapping(config), {"wandb": options | {"resume": "allow"}}
+        )
+        self._wandb = self._accelerator.get_tracker("wandb", unwrap=True)
+
+    def _log_wandb(self, group: str, row: Row, pictures: Mapping[str, Path]) -> None:
+        import wandb
+
+        values: dict[str, Any] = {f"{group}/{name}": value for name, value in row.items() if name not in ("split", "step")}
+        values |= {f"images/{name}": wandb.Image(str(file)) for name, file in pictures.items()}
+        values |= {"epoch": row["epoch"], "images_seen": row["images_seen"]}
+        # The optimizer step is W&B's step: what a resumed run logs a second time, W&B drops.
+        self._accelerator.log(values, step=row["step"])
+        if row["split"] == "test":
+            self._wandb.summary["best_test_loss"] = self._best
+
+    @contextlib.contextmanager
+    def _surviving_wandb(self, then: str = "going on without it; metrics.jsonl and the pictures have everything") -> Iterator[None]:
+        """Whatever happens in W&B, training goes on: it is said once, and W&B is left alone from then on."""
+        try:
+            yield
+        except Exception as error:  # wandb raises its own errors, those of its transport, and OSError
+            self._wandb = None
+            print(f"W&B failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {then}", flush=True)
+
+
+def wandb_mode(config: Config) -> str:
+    """online, offline or disabled, decided without asking anybody. Raises InputError where online lacks a key."""
+    mode = config.tracking.wandb
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_key()
+    if mode == "auto":
+        wanted = os.environ.get("WANDB_MODE", "")
+        return wanted if wanted in ("offline", "disabled") else "online" if has_key else "offline"
+    if mode == "online" and not has_key:
+        raise InputError("--tracking.wandb online: no key; run `wandb login`, set WANDB_API_KEY, or take offline")
+    return mode
+
+
+def _netrc_has_key() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def read_rows(metrics: Path) -> list[Row]:
+    """The whole rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not metrics.is_file():
+        return []
+    rows = []
+    for line in metrics.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows

@@ -1,0 +1,299 @@
+"""Training: fit -> epoch -> step. What a run computes follows from its config alone, at any number of processes."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from vae_dist import checkpoint, pictures
+from vae_dist.checkpoint import Checkpoint
+from vae_dist.config import Config, InputError
+from vae_dist.data import as_images
+from vae_dist.data.order import Partition, epoch_order
+from vae_dist.distributed import on_first_rank, sum_over_ranks, wrap
+from vae_dist.evaluate import evaluate
+from vae_dist.model import VAE
+from vae_dist.noise import Stream, derive_key, normal
+from vae_dist.objective import Sums, negative_elbo
+from vae_dist.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from vae_dist.run import RunFolder, State, describe, restore_weights
+from vae_dist.tracking import Row, Tracker
+
+# Noise is drawn for many steps at once, about so many numbers: per step it would cost three times as much.
+_NOISE_BLOCK = 1 << 18
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more. All ranks raise it at the same step."""
+
+
+@dataclass
+class Progress:
+    """All that a run must remember besides tensors: since randomness is derived, counters and sums."""
+
+    step: int = 0  # optimizer steps done
+    images: int = 0  # of the training set
+    epoch_sums: Sums = field(default_factory=Sums)  # of the epoch so far
+    window_sums: Sums = field(default_factory=Sums)  # since the last row of the training curve
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        known = {entry.name: values[entry.name] for entry in fields(cls)}
+        return cls(**known | {name: Sums(*known[name]) for name in ("epoch_sums", "window_sums")})
+
+
+class Trainer:
+    """Trains a model on images that lie on its device. Every method is called by all ranks unless it says otherwise."""
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, model: VAE, train: Tensor, test: Tensor, run: RunFolder
+    ) -> None:
+        """`train` and `test` are uint8 (n, *image_shape) on the accelerator's device; `model` is on any."""
+        self.config = config
+        self.accelerator = accelerator
+        self.run = run
+        self.train_pixels, self.test_pixels = train, test
+        self.partition = Partition(
+            len(train), config.data.batch_size, accelerator.num_processes, config.trainer.micro_batch_size
+        )
+        self.model = model.to(accelerator.device)
+        self.wrapped = wrap(accelerator, self.model)
+        self.optimizer = build_optimizer(config.optimizer, self.model)
+        self.tracker = Tracker()
+        self.progress = Progress(images=len(train))
+        self.stop_requested = False
+        # Sums of this rank since the last reduce, on the device: bce, kld, images.
+        self._sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        self._gradient_norm = torch.zeros(())
+        self._window_start = time.perf_counter()
+
+    @property
+    def total_steps(self) -> int:
+        return self.partition.steps * self.config.trainer.epochs
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete."""
+        return self.progress.step // self.partition.steps
+
+    def fit(self) -> bool:
+        """Trains to the last epoch. False if a signal ended it before; a checkpoint has been written then."""
+        while not self.is_done():
+            if not self._train_epoch(self.epoch + 1):
+                return False
+        return True
+
+    def is_done(self) -> bool:
+        return self.epoch >= self.config.trainer.epochs
+
+    def request_stop(self, signum: int, _: FrameType | None) -> None:
+        """Signal handler: the next time the ranks speak to each other they leave together. A second Ctrl-C does not wait."""
+        self.stop_requested = True
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _train_epoch(self, epoch: int) -> bool:
+        """The rest of an epoch: steps, evaluation, pictures, a checkpoint. False if the run is to stop."""
+        first = self.progress.step % self.partition.steps
+        started = time.perf_counter()
+        self._window_start = started
+        bar = tqdm(
+            desc=f"epoch {epoch}/{self.config.trainer.epochs}",
+            total=self.partition.steps,
+            initial=first,
+            unit="step",
+            leave=False,
+            disable=None if self.accelerator.is_main_process else True,
+        )
+        with bar:
+            for number, (indices, noise) in enumerate(self._batches(epoch, first), start=first + 1):
+                is_last = number == self.partition.steps
+                self._train_step(indices, noise)
+                bar.update()
+                if not is_last and self._log_and_save(epoch, bar):
+                    return False
+        stop = self._reduce_sums()
+        self._end_epoch(epoch, time.perf_counter() - started, first)
+        return not stop
+
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each step of an epoch from `first` on: the images of this rank (rounds, rows), and their noise."""
+        key = derive_key(self.config.seed, Stream.TRAINING, epoch)
+        order = epoch_order(self.config.seed, epoch, len(self.train_pixels), self.accelerator.device)
+        steps = self.partition.of_rank(order, self.accelerator.process_index)[first:]
+        numbers_per_step = self.partition.rounds * self.partition.rows * self.model.latent_dim
+        for block in steps.split(max(1, _NOISE_BLOCK // numbers_per_step)):
+            yield from zip(block, normal(key, block, self.model.latent_dim), strict=True)
+
+    def _train_step(self, indices: Tensor, noise: Tensor) -> None:
+        """One optimizer step on images (rounds, rows). It waits for nothing: figures stay on the device."""
+        config, optimizer = self.config.optimizer, self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.progress.step, self.total_steps)
+        last = len(indices) - 1
+        for i in range(len(indices)):
+            # Gradients add up in .grad; the ranks sum theirs in the last round.
+            with nullcontext() if i == last else self.accelerator.no_sync(self.wrapped):
+                self._forward_backward(indices[i], noise[i])
+        self._scale_and_clip()
+        if self.accelerator.scaler is None:
+            optimizer.step()
+        else:
+            self.accelerator.scaler.step(optimizer)
+            self.accelerator.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+
+    def _forward_backward(self, indices: Tensor, noise: Tensor) -> None:
+        """Adds the gradient of the summed loss of some images, and their sums; fillers weigh nothing."""
+        images = as_images(self.train_pixels[indices.clamp(min=0)])
+        weights = (indices >= 0).to(torch.float32)
+        terms = negative_elbo(self.wrapped(images, noise), images, self.model.likelihood)
+        self.accelerator.backward((terms.loss * weights).sum())
+        self._sums += torch.stack([terms.bce.detach() @ weights, terms.kld.detach() @ weights, weights.sum()])
+
+    def _scale_and_clip(self) -> None:
+        """Undoes fp16's loss scale, clips, and measures the gradient where a row will tell its norm."""
+        limit = self.config.optimizer.clip_norm
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.unscale_(self.optimizer)
+        if limit is not None:
+            self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        elif self._is_row_due(self.progress.step + 1):
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def _is_row_due(self, step: int) -> bool:
+        return step % self.config.tracking.log_every == 0 or step % self.partition.steps == 0
+
+    def _log_and_save(self, epoch: int, bar: "tqdm[Any]") -> bool:
+        """Inside an epoch: a row of the training curve and a checkpoint where they are due. True if the run is to stop."""
+        step, every = self.progress.step, self.config.checkpoint.every_steps
+        row_due, save_due = self._is_row_due(step), every is not None and step % every == 0
+        if not (row_due or save_due):
+            return False
+        stop = self._reduce_sums()
+        if row_due:
+            row = self._row("train", epoch, self.progress.window_sums) | self._step_figures()
+            self.progress.window_sums = Sums()
+            self.tracker.log("train", row)
+            bar.set_postfix_str(f"loss {row['loss']:.2f}", refresh=False)
+        if save_due or stop:
+            self.save()
+        return stop
+
+    def _reduce_sums(self) -> bool:
+        """Adds what all ranks summed up since the last time. True if any rank was asked to stop. Waits for the device."""
+        flag = self._sums.new_tensor([float(self.stop_requested)])
+        *sums, stop = sum_over_ranks(self.accelerator, torch.cat([self._sums, flag]))
+        self._sums.zero_()
+        if not all(map(math.isfinite, sums)):
+            raise Diverged(
+                f"the loss is not finite any more by step {self.progress.step}; the newest checkpoint is from before. "
+                "Try a lower --optimizer.lr, --optimizer.warmup_steps, or --optimizer.clip_norm"
+            )
+        self.progress.epoch_sums = self.progress.epoch_sums.plus(Sums(*sums))
+        self.progress.window_sums = self.progress.window_sums.plus(Sums(*sums))
+        return stop > 0
+
+    def _row(self, split: str, epoch: int, sums: Sums) -> Row:
+        done, rest = divmod(self.progress.step, self.partition.steps)
+        seen = done * self.progress.images + rest * self.config.data.batch_size
+        return {"split": split, "epoch": epoch, "step": self.progress.step, "images_seen": seen} | sums.figures()
+
+    def _step_figures(self) -> Row:
+        """Of the step just done, and the speed since the last time this was asked."""
+        now = time.perf_counter()
+        speed = self.progress.window_sums.images / (now - self._window_start)
+        self._window_start = now
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"lr": rate, "grad_norm": float(self._gradient_norm), "images_per_second": round(speed, 1)}
+
+    def _end_epoch(self, epoch: int, seconds: float, first: int) -> None:
+        """The epoch's rows and pictures, and then the checkpoint that says that they are there."""
+        train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures()
+        images = self.progress.images - first * self.config.data.batch_size
+        train |= {"images_per_second": round(images / seconds, 1), "train_seconds": round(seconds, 3)}
+        started = time.perf_counter()
+        sums = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator).sums
+        test = self._row("test", epoch, sums) | {"test_seconds": round(time.perf_counter() - started, 3)}
+        on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test))
+        self.progress.epoch_sums = self.progress.window_sums = Sums()
+        self.save()
+
+    def _record_epoch(self, epoch: int, train: Row, test: Row) -> None:
+        """Rank zero only."""
+        reconstruction = self.run.images / f"reconstruction_{epoch}.png"
+        sample = self.run.images / f"sample_{epoch}.png"
+        images = as_images(self.test_pixels[: pictures.RECONSTRUCTIONS])
+        pictures.save_png(reconstruction, pictures.reconstructions(self.model, images))
+        pictures.save_png(sample, pictures.samples(self.model, pictures.SAMPLES, self.config.seed))
+        self.tracker.log("train_epoch", train)
+        self.tracker.log("test", test, {"reconstruction": reconstruction, "sample": sample})
+        print(
+            f"epoch {epoch}/{self.config.trainer.epochs}: train {train['loss']:.4f}, test {test['loss']:.4f} nats per image "
+            f"(bce {test['bce']:.2f} + kld {test['kld']:.2f}, n={test['n']}), {train['images_per_second']:,.0f} images/s",
+            flush=True,
+        )
+
+    def save(self) -> None:
+        """Writes a checkpoint of this moment, then drops the oldest. Rank zero writes; all ranks hear of a failure."""
+        on_first_rank(self.accelerator, self._save)
+
+    def _save(self) -> None:
+        folder = checkpoint.folder_of_step(self.run.checkpoints, self.progress.step)
+        checkpoint.write(folder, self._state())
+        checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
+        self.set_status("running", "training")
+
+    def set_status(self, state: State, reason: str) -> None:
+        """Rank zero only."""
+        self.run.set_status(state, reason, epoch=self.epoch, step=self.progress.step, steps=self.total_steps)
+
+    def save_final(self) -> None:
+        """Writes the weights and their description where anybody looks for them first."""
+        on_first_rank(self.accelerator, lambda: self.run.save_model(self.config, self.model))
+
+    def _state(self) -> Checkpoint:
+        tensors = optimizer_tensors(self.optimizer, self.model)
+        if self.accelerator.scaler is not None:
+            state = self.accelerator.scaler.state_dict()
+            tensors |= {f"scaler.{name}": torch.tensor(float(state[name]), dtype=torch.float64) for name in _SCALER_STATE}
+        return Checkpoint(
+            config=describe(self.config, self.model.image_shape),
+            model=self.model.state_dict(),
+            trainer=tensors,
+            progress=asdict(self.progress),
+        )
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from a checkpoint. Raises InputError where it is damaged or of another model, or the data set changed."""
+        try:
+            saved = checkpoint.read(folder)
+            progress = Progress.from_json(saved.progress)
+        except (checkpoint.Damaged, KeyError, TypeError) as error:
+            raise InputError(f"--resume {folder}: damaged: {error}") from None
+        if progress.images != len(self.train_pixels):
+            raise InputError(
+                f"--resume {folder}: trained on {progress.images} images, but there are {len(self.train_pixels)} in "
+                f"--data.root {self.config.data.root}"
+            )
+        restore_weights(self.model, saved.model, folder)
+        load_optimizer_tensors(self.optimizer, self.model, saved.trainer)
+        if self.accelerator.scaler is not None:
+            state = self.accelerator.scaler.state_dict()
+            self.accelerator.scaler.load_state_dict(state | {n: float(saved.trainer[f"scaler.{n}"]) for n in _SCALER_STATE})
+        self.progress = progress
+
+
+_SCALER_STATE = ("scale", "_growth_tracker")
