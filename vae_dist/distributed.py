@@ -44,7 +44,7 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
         mixed_precision=_PRECISIONS[precision],
         log_with="wandb",
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             GradScalerKwargs(init_scale=_FP16_SCALE_PER_BATCH / batch_size),
         ],
     )
@@ -52,8 +52,10 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise InputError(f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}")
-    if on_cpu and local_processes > 1:  # launchers say one thread each, whatever the machine has
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+    by_launcher = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if on_cpu and by_launcher and os.environ.get("OMP_NUM_THREADS") == "1":
+        # Launchers say one thread, whatever the machine has: share out its cores.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
     return accelerator
 
 
@@ -93,14 +95,18 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
     problem = None
     try:
         result.append(action())
-    except InputError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (InputError, OSError) as error:
+        problem = _in_words(error)
     problems: Iterable[str | None] = gather_object([problem])
     for first in filter(None, problems):
         raise InputError(first)
     return result[0]
+
+
+def _in_words(error: InputError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def on_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
@@ -115,12 +121,12 @@ def from_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 
 def run_entry_point(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and exits with its status; bad input is printed once, without a traceback, and exits with status 2."""
+    """Runs `main` and exits with its status; bad input, and files that cannot be written, are one line and status 2."""
     try:
         status = main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         if is_spokesman():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {_in_words(error)}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT
     finally:
         if dist.is_initialized():

@@ -1,6 +1,6 @@
 """Exact evaluation of a run on its test images, at any number of processes.
 
-    python -m vae_dist.evaluate runs/mnist
+python -m vae_dist.evaluate runs/mnist
 """
 
 import json
@@ -85,7 +85,8 @@ def main(args: list[str] | None = None) -> int:
         accelerator,
         lambda: write_atomically(RunFolder(options.run).evaluation, json.dumps(record, indent=2) + "\n"),
     )
-    accelerator.print(f"test loss {figures['loss']:.4f} ± {result.stderr:.4f} nats (bce {figures['bce']:.4f} + kld {figures['kld']:.4f}), n={figures['n']}")
+    parts = f"bce {figures['bce']:.4f} + kld {figures['kld']:.4f}"
+    accelerator.print(f"test loss {figures['loss']:.4f} ± {result.stderr:.4f} nats ({parts}), n={figures['n']}")
     return 0
 
 

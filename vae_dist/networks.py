@@ -1,6 +1,7 @@
 """Encoders and decoders: plain modules from images to the posterior's parameters, and from latents to the likelihood's."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -23,6 +24,6 @@ def _mlp(hidden: Sequence[int], latent_dim: int, image_shape: tuple[int, ...]) -
 
 def _layers(widths: Sequence[int]) -> list[nn.Module]:
     modules: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         modules += [nn.Linear(inputs, outputs), nn.ReLU()]
     return modules[:-1]

@@ -81,11 +81,15 @@ class RunTracker(Tracker):
         import wandb  # costs a second: only where it is used
 
         settings = wandb.Settings(silent=True, init_timeout=_WANDB_START_SECONDS)
-        options = {"id": run.wandb_id(), "name": run.path.name, "dir": str(run.path), "mode": mode, "settings": settings}
+        options = {
+            "id": run.wandb_id(),
+            "name": run.path.name,
+            "dir": str(run.path),
+            "mode": mode,
+            "settings": settings,
+        }
         self._accelerator.trackers.clear()  # of an attempt that failed
-        self._accelerator.init_trackers(
-            config.tracking.project, to_mapping(config), {"wandb": options | {"resume": "allow"}}
-        )
+        self._accelerator.init_trackers(config.tracking.project, to_mapping(config), {"wandb": options | {"resume": "allow"}})
         self._wandb = self._accelerator.get_tracker("wandb", unwrap=True)
 
     def _log_wandb(self, group: str, row: Row, pictures: Mapping[str, Path]) -> None:
@@ -100,7 +104,9 @@ class RunTracker(Tracker):
             self._wandb.summary["best_test_loss"] = self._best
 
     @contextlib.contextmanager
-    def _surviving_wandb(self, then: str = "going on without it; metrics.jsonl and the pictures have everything") -> Iterator[None]:
+    def _surviving_wandb(
+        self, then: str = "going on without it; metrics.jsonl and the pictures have everything"
+    ) -> Iterator[None]:
         """Whatever happens in W&B, training goes on: it is said once, and W&B is left alone from then on."""
         try:
             yield

@@ -1,7 +1,7 @@
 """Train a variational autoencoder, on one process or many.
 
-    python -m vae_dist.train --config configs/glyphs.yaml
-    accelerate launch --config_file launch/multi_gpu.yaml -m vae_dist.train --config configs/mnist.yaml
+python -m vae_dist.train --config configs/glyphs.yaml
+accelerate launch --config_file launch/multi_gpu.yaml -m vae_dist.train --config configs/mnist.yaml
 """
 
 import contextlib
@@ -42,10 +42,11 @@ def main(args: list[str] | None = None) -> int:
     source = from_first_rank(accelerator, lambda: find_checkpoint(config, run))
     if source is not None:
         together(accelerator, lambda: trainer.resume(source))
-        accelerator.print(f"going on from {source}, after {trainer.progress.step} of {trainer.total_steps} steps")
     if trainer.is_done() and run.state() == "finished":
         accelerator.print(f"{run.path} is finished. For more, raise --trainer.epochs, or name another --output")
         return 0
+    if source is not None:
+        accelerator.print(f"going on from {source}, after {trainer.progress.step} of {trainer.total_steps} steps")
 
     step = trainer.progress.step
     tracker = on_first_rank(accelerator, lambda: RunTracker(accelerator, run, config, step))

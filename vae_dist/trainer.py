@@ -273,7 +273,7 @@ class Trainer:
             config=describe(self.config, self.model.image_shape),
             model=self.model.state_dict(),
             trainer=tensors,
-            progress=asdict(self.progress),
+            progress={"seed": self.config.seed, **asdict(self.progress)},
         )
 
     def resume(self, folder: Path) -> None:

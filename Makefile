@@ -1,0 +1,72 @@
+# `make` alone lists the targets. Each one that needs the environment makes it first.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= configs/glyphs.yaml
+ARGS ?=
+# A run's folder is continued, never overwritten: each way to start has its own.
+MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))-$@
+TRAIN = -m vae_dist.train --config $(CONFIG)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test check format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  CONFIG=FILE     recipe of the train targets (configs/glyphs.yaml)"
+	@echo "  ARGS='...'      more options, such as ARGS='--trainer.epochs 3'; see $(BIN)/python -m vae_dist.train --help"
+	@echo "  NUM_PROCESSES=N processes of the train-multi targets"
+
+setup: .venv/ready ## make the environment: .venv, with what requirements.lock pins
+
+# uv compiles bytecode here, even where PYTHONDONTWRITEBYTECODE is set: without it every start costs ten seconds more.
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --no-deps --editable .
+	@touch $@
+
+train: setup ## train on the embedded digits (no download), or on CONFIG, in one process
+	$(BIN)/python $(TRAIN) $(ARGS)
+
+train-mnist: setup ## train the seed's job: MNIST, 784-400-20, Adam 1e-3, batch 128, 10 epochs
+	$(BIN)/python -m vae_dist.train --config configs/mnist.yaml $(ARGS)
+
+train-multi-cpu: setup ## train in NUM_PROCESSES processes (2) on the CPU
+	CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file launch/multi_cpu.yaml \
+		--num_processes $(or $(NUM_PROCESSES),2) $(TRAIN) --output $(MULTI_OUTPUT) $(ARGS)
+
+train-multi-gpu: setup ## train in one process per visible GPU; without GPUs on two CPU processes, or not at all: REQUIRE_GPU=1
+	@gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())') || exit; \
+	if [ $$gpus -eq 0 ] && [ -n "$(REQUIRE_GPU)" ]; then \
+		echo "error: no GPU is visible, and REQUIRE_GPU is set" >&2; exit 2; \
+	elif [ $$gpus -eq 0 ]; then \
+		echo "No GPU is visible: running the same job on CPU processes."; \
+		exec $(MAKE) --no-print-directory train-multi-cpu; \
+	fi; \
+	processes=$(or $(NUM_PROCESSES),$$gpus); \
+	set -x; \
+	exec $(BIN)/accelerate launch --config_file launch/$$([ $$processes -gt 1 ] && echo multi || echo one)_gpu.yaml \
+		--num_processes $$processes $(TRAIN) --output $(MULTI_OUTPUT) $(ARGS)
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+check: setup ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: setup ## take the newest versions into requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --extra dev --no-emit-index-url \
+		--no-annotate --no-header --output-file requirements.lock pyproject.toml
+
+clean: ## remove the environment and caches; runs and data stay
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
