@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import tyro
 import yaml
@@ -21,6 +21,10 @@ T = TypeVar("T")
 FREE_FIELDS = frozenset(
     ["output", "resume", "data.root", "trainer.epochs", "trainer.micro_batch_size", "checkpoint", "tracking"]
 )
+
+
+# Deterministic mode cuts every batch into so many shards: enough for a node of eight GPUs.
+DETERMINISTIC_SHARDS = 8
 
 
 class InputError(ValueError):
@@ -102,6 +106,8 @@ class TrainerConfig:
     """Arithmetic of the network in training; the loss and every evaluation are float32. fp16 needs a GPU."""
     micro_batch_size: int | None = None
     """Images a process takes at once; its part of a batch is accumulated in several rounds if larger. None: all."""
+    deterministic: bool = False
+    """Weights that are the same to the last bit at any number of processes, and slower."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "--trainer.epochs", self.epochs, "at least 1")
@@ -158,6 +164,14 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "--seed", self.seed, "in 0 … 2^63 - 1")
+        micro, shard = self.trainer.micro_batch_size, self.deterministic_rows()
+        if self.trainer.deterministic and micro is not None and micro < shard:
+            wanted = f"at least {shard} in deterministic mode, which takes 1/{DETERMINISTIC_SHARDS} of the batch at once"
+            _require(False, "--trainer.micro_batch_size", micro, wanted)
+
+    def deterministic_rows(self) -> int:
+        """Images of one shard of a batch in deterministic mode, at any number of processes."""
+        return -(-self.data.batch_size // DETERMINISTIC_SHARDS)
 
 
 def parse(args: Sequence[str]) -> Config:
@@ -180,7 +194,7 @@ def parse(args: Sequence[str]) -> Config:
 
 def command_line(kind: type[T], prog: str, args: Sequence[str], default: T | None = None, description: str = "") -> T:
     """An instance of a dataclass from command-line options; wrong ones are printed and end the process with status 2."""
-    return tyro.cli(
+    parsed = tyro.cli(
         kind,
         prog=f"python -m {prog}",
         args=[_WORDS.get(arg, arg) for arg in args],
@@ -190,6 +204,7 @@ def command_line(kind: type[T], prog: str, args: Sequence[str], default: T | Non
         console_outputs=is_spokesman(),
         config=(tyro.conf.FlagConversionOff,),
     )
+    return cast(T, parsed)  # with a default that may be None, its type cannot be told
 
 
 def is_spokesman() -> bool:
@@ -207,7 +222,8 @@ def from_mapping(values: Mapping[str, Any], source: object) -> Config:
 
 def to_mapping(config: Config) -> dict[str, Any]:
     """Plain nested values, fit for YAML and JSON."""
-    return json.loads(json.dumps(asdict(config)))
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # tuples to lists
+    return values
 
 
 def to_yaml(config: Config) -> str:

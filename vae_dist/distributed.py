@@ -1,9 +1,10 @@
 """What several processes do together: start, sum gradients and figures exactly, and decide."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     precision cannot be had.
     """
     _check_launch()
+    if trainer and trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     on_cpu = not torch.cuda.is_available()  # without it, torchrun's processes would each take themselves for the only one
     precision = trainer.precision if trainer else "fp32"
     if precision == "fp16" and on_cpu:
@@ -52,6 +55,12 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise InputError(f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}")
+    if trainer and trainer.deterministic:
+        torch.set_num_threads(1)  # how a sum is split over threads shows in its last bits
+        if not on_cpu:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
+        return accelerator
     by_launcher = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if on_cpu and by_launcher and os.environ.get("OMP_NUM_THREADS") == "1":
         # Launchers say one thread, whatever the machine has: share out its cores.
@@ -77,10 +86,62 @@ def wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]  # torch's stubs lack it
     """DDP's communication hook. The objective is a sum over the global batch, so its gradient is the sum of the ranks'."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
+
+
+class SummedGradients:
+    """The gradient of a batch in the default mode: rounds add up in .grad, and DDP sums the ranks' in the last one."""
+
+    def __init__(self, accelerator: Accelerator, wrapped: nn.Module) -> None:
+        self._accelerator, self._wrapped = accelerator, wrapped
+
+    @contextlib.contextmanager
+    def round(self, is_last: bool) -> Iterator[None]:
+        """Around the forward and backward of one chunk of this rank's part."""
+        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._wrapped):
+            yield
+
+
+class ExactGradients(SummedGradients):
+    """The gradient of a batch in deterministic mode: exact sums of the chunks' gradients, rounded once.
+
+    A float32 gradient is split into two integers, in units of 2^-16 and 2^-64, which float64 adds without rounding. Such sums
+    are the same in any order: they do not depend on which rank took which chunk, nor on how the ranks' sums are reduced.
+    Exact for gradients below 2^32 in size, but for what lies below 2^-64.
+    """
+
+    _COARSE, _FINE = 2.0**16, 2.0**48
+
+    def __init__(self, accelerator: Accelerator, wrapped: nn.Module) -> None:
+        super().__init__(accelerator, wrapped)
+        self._parameters = list(wrapped.parameters())
+        n = sum(p.numel() for p in self._parameters)
+        self._sums = torch.zeros(2, n, dtype=torch.float64, device=accelerator.device)
+
+    @contextlib.contextmanager
+    def round(self, is_last: bool) -> Iterator[None]:
+        with self._accelerator.no_sync(self._wrapped):
+            yield
+        gradients = torch.cat([cast(Tensor, p.grad).flatten() for p in self._parameters]).mul_(self._COARSE)
+        coarse = gradients.trunc()
+        self._sums[0] += coarse
+        self._sums[1] += gradients.sub_(coarse).mul_(self._FINE).trunc_()
+        for parameter in self._parameters:
+            parameter.grad = None
+        if is_last:
+            self._store_total()
+
+    def _store_total(self) -> None:
+        sums: Tensor = self._accelerator.reduce(self._sums, "sum")
+        total = (sums[0] + sums[1] / self._FINE).div_(self._COARSE).float()
+        for parameter, gradient in zip(
+            self._parameters, torch.split(total, [p.numel() for p in self._parameters]), strict=True
+        ):
+            parameter.grad = gradient.view_as(parameter)
+        self._sums.zero_()
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> list[float]:

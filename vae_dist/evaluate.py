@@ -44,7 +44,8 @@ def evaluate(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator, pr
     One latent per image, from noise keyed by the image alone: figures of different epochs differ by their weights only. In
     float32 under every training precision, since `encode` and `decoder` run outside autocast. All ranks call it.
     """
-    partition = Partition(len(pixels), _ROWS * accelerator.num_processes, accelerator.num_processes)
+    ranks = accelerator.num_processes
+    partition = Partition(len(pixels), _ROWS * ranks, ranks, _ROWS)
     order = torch.arange(len(pixels), device=pixels.device)
     key = derive_key(seed, Stream.EVALUATION)
     totals = torch.zeros(4, dtype=torch.float64, device=pixels.device)

@@ -4,7 +4,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -19,8 +18,8 @@ from vae_dist import checkpoint, pictures
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config, InputError
 from vae_dist.data import as_images
-from vae_dist.data.order import Partition, epoch_order
-from vae_dist.distributed import on_first_rank, sum_over_ranks, wrap
+from vae_dist.data.order import Partition, epoch_order, even_rows
+from vae_dist.distributed import ExactGradients, SummedGradients, on_first_rank, sum_over_ranks, wrap
 from vae_dist.evaluate import evaluate
 from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, normal
@@ -63,11 +62,12 @@ class Trainer:
         self.accelerator = accelerator
         self.run = run
         self.train_pixels, self.test_pixels = train, test
-        self.partition = Partition(
-            len(train), config.data.batch_size, accelerator.num_processes, config.trainer.micro_batch_size
-        )
+        batch, ranks, deterministic = config.data.batch_size, accelerator.num_processes, config.trainer.deterministic
+        rows = config.deterministic_rows() if deterministic else even_rows(batch, ranks, config.trainer.micro_batch_size)
+        self.partition = Partition(len(train), batch, ranks, rows)
         self.model = model.to(accelerator.device)
         self.wrapped = wrap(accelerator, self.model)
+        self.gradients = (ExactGradients if deterministic else SummedGradients)(accelerator, self.wrapped)
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
@@ -132,7 +132,7 @@ class Trainer:
         order = epoch_order(self.config.seed, epoch, len(self.train_pixels), self.accelerator.device)
         steps = self.partition.of_rank(order, self.accelerator.process_index)[first:]
         numbers_per_step = self.partition.rounds * self.partition.rows * self.model.latent_dim
-        for block in steps.split(max(1, _NOISE_BLOCK // numbers_per_step)):
+        for block in torch.split(steps, max(1, _NOISE_BLOCK // numbers_per_step)):
             yield from zip(block, normal(key, block, self.model.latent_dim), strict=True)
 
     def _train_step(self, indices: Tensor, noise: Tensor) -> None:
@@ -140,10 +140,8 @@ class Trainer:
         config, optimizer = self.config.optimizer, self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, self.progress.step, self.total_steps)
-        last = len(indices) - 1
-        for i in range(len(indices)):
-            # Gradients add up in .grad; the ranks sum theirs in the last round.
-            with nullcontext() if i == last else self.accelerator.no_sync(self.wrapped):
+        for i in range(self.partition.rounds):
+            with self.gradients.round(is_last=i == self.partition.rounds - 1):
                 self._forward_backward(indices[i], noise[i])
         self._scale_and_clip()
         if self.accelerator.scaler is None:

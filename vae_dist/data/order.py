@@ -12,15 +12,15 @@ FILLER = -1  # stands where no image is, so that every round of every step on ev
 
 @dataclass(frozen=True)
 class Partition:
-    """How the images of a pass are cut into steps of `batch_size` images, and those into equal parts for the ranks.
+    """How the images of a pass are cut: into steps of `batch_size` images, and each of those into chunks of `rows` images.
 
-    A rank takes its part in `rounds` rounds of `rows` rows, at most `micro_batch_size` (None: all at once).
+    Every rank takes the same number of chunks of a step, one after the other; at the end they may be fillers.
     """
 
     images: int
     batch_size: int
-    world_size: int = 1
-    micro_batch_size: int | None = None
+    world_size: int
+    rows: int
 
     @property
     def steps(self) -> int:
@@ -29,12 +29,8 @@ class Partition:
 
     @property
     def rounds(self) -> int:
-        part = -(-self.batch_size // self.world_size)
-        return -(-part // min(part, self.micro_batch_size or part))
-
-    @property
-    def rows(self) -> int:
-        return -(-self.batch_size // (self.world_size * self.rounds))
+        """Chunks that a rank takes in a step."""
+        return -(-self.batch_size // (self.rows * self.world_size))
 
     def of_rank(self, order: Tensor, rank: int) -> Tensor:
         """The images that `rank` takes, int64 (steps, rounds, rows): `order`, int64 (images,), cut up; FILLER elsewhere."""
@@ -43,6 +39,13 @@ class Partition:
         filled = order.new_full((self.steps, self.world_size * self.rounds * self.rows), FILLER)
         filled[:, : self.batch_size] = batches.view(self.steps, self.batch_size)
         return filled.view(self.steps, self.world_size, self.rounds, self.rows)[:, rank].contiguous()
+
+
+def even_rows(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
+    """Rows of a chunk, so that a rank's part is in as few and as equal chunks of `micro_batch_size` at most as can be."""
+    part = -(-batch_size // world_size)
+    rounds = -(-part // (micro_batch_size or part))
+    return -(-part // rounds)
 
 
 def epoch_order(seed: int, epoch: int, images: int, device: torch.device | str = "cpu") -> Tensor:
