@@ -1,0 +1,78 @@
+"""What the tests share: small data sets in real files, real processes, and a small trained run."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+from tests.helpers import ROOT, launch, write_idx_set
+from vae_dist import evaluate, generate, train
+from vae_dist.data import glyphs
+from vae_dist.distributed import run_entry_point
+
+
+class Outcome(NamedTuple):
+    """How a command ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with 1,000 + 300 images in MNIST's format."""
+    root = tmp_path_factory.mktemp("data")
+    write_idx_set(root / "MNIST" / "raw", *glyphs.draw(0, 1000), *glyphs.draw(1000, 1300))
+    return root
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """The real MNIST, where VAE_DIST_DATA names a folder that has it."""
+    root = os.environ.get("VAE_DIST_DATA")
+    if root is None or not (Path(root) / "MNIST" / "raw").is_dir():
+        pytest.skip("needs the real MNIST: set VAE_DIST_DATA to a folder with MNIST/raw in it")
+    return Path(root)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
+    """Runs an entry point in this process, as `python -m` would: command("train", "--seed", "1")."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
+
+    def run(name: str, *args: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_entry_point(lambda: mains[name]([str(arg) for arg in args]))
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_num_threads(threads)
+        code = end.value.code
+        return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    yield run
+
+
+@pytest.fixture(scope="session")
+def trained(small_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of three epochs, with an offline W&B run."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    options = ["--data.root", small_root, "--trainer.epochs", 3, "--tracking.wandb", "offline", "--tracking.log_every", 4]
+    done = launch("vae_dist.train", *options, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -5,6 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, upcast if it is of half precision: sums of exponentials want more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Bernoulli:
     """Each pixel a Bernoulli variable, its logit the decoder's output.
 
@@ -13,12 +18,12 @@ class Bernoulli:
     """
 
     def log_prob(self, decoded: Tensor, images: Tensor) -> Tensor:
-        """log p(x|z) in nats, float32 (batch,), of images in [0, 1]; `decoded` are logits of the same shape.
+        """log p(x|z) in nats, (batch,), of images in [0, 1]; `decoded` are logits of the same shape.
 
-        In float32 whatever the precision of the network: from logits, since a sigmoid before the cross-entropy has no
+        In float32 at least, whatever the precision of the network, and from logits: a sigmoid before the cross-entropy has no
         gradient from logit 17 on.
         """
-        terms = F.binary_cross_entropy_with_logits(decoded.float(), images, reduction="none")
+        terms = F.binary_cross_entropy_with_logits(at_least_float32(decoded), images, reduction="none")
         return -terms.flatten(1).sum(1)
 
     def mean(self, decoded: Tensor) -> Tensor:

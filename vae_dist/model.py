@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_dist.config import ModelConfig
-from vae_dist.likelihoods import Bernoulli
+from vae_dist.likelihoods import Bernoulli, at_least_float32
 from vae_dist.networks import build_networks
 from vae_dist.noise import Stream, derive_key, normal
 
@@ -64,7 +64,7 @@ class VAE(nn.Module):
 
 def reparameterize(posterior: Posterior, noise: Tensor) -> Tensor:
     """Latents drawn from q(z|x), differentiable in its parameters; float32 at least."""
-    return posterior.mean + torch.exp(0.5 * posterior.logvar.float()) * noise
+    return posterior.mean + torch.exp(0.5 * at_least_float32(posterior.logvar)) * noise
 
 
 def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int) -> VAE:

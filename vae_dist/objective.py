@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae_dist.likelihoods import Bernoulli
+from vae_dist.likelihoods import Bernoulli, at_least_float32
 from vae_dist.model import Output
 
 
@@ -43,5 +43,5 @@ def negative_elbo(output: Output, images: Tensor, likelihood: Bernoulli) -> Term
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(0, 1)) summed over dimensions, in nats, (batch,). Kingma & Welling 2014, appendix B."""
-    mean, logvar = mean.float(), logvar.float()
+    mean, logvar = at_least_float32(mean), at_least_float32(logvar)
     return -0.5 * torch.sum(1 + logvar - mean.square() - logvar.exp(), dim=1)
