@@ -2,9 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from tests.helpers import ROOT, launch, write_idx_set
+from tests.helpers import launch, write_idx_set
 from vae_dist import evaluate, generate, train
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
@@ -44,7 +42,7 @@ def mnist_root() -> Path:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Runs an entry point in this process, as `python -m` would: command("train", "--seed", "1")."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -65,7 +63,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         code = end.value.code
         return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
 
-    yield run
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent

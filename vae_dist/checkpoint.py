@@ -21,6 +21,7 @@ from vae_dist.config import InputError
 FORMAT = 1
 _HASHED = ("config.json", "model.safetensors", "trainer.safetensors")
 _MANIFEST = "trainer.json"
+_SEAL = "sha256_of_the_above"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -48,7 +49,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         "trainer.safetensors": safetensors.torch.save(checkpoint.trainer),
     }
     manifest = {"format": FORMAT, **checkpoint.progress, "sha256": {name: _sha256(contents[name]) for name in _HASHED}}
-    contents[_MANIFEST] = _to_json(manifest | {"sha256_of_the_above": _sha256(_to_json(manifest))})
+    contents[_MANIFEST] = _sealed(manifest)
     try:
         for name, content in contents.items():
             _write_and_sync(temporary / name, content)
@@ -134,19 +135,24 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / _MANIFEST
+    content = _read_file(file)
     try:
-        manifest = json.loads(_read_file(file))
-        written = manifest.pop("sha256_of_the_above")
-        if _sha256(_to_json(manifest)) != written or not isinstance(manifest["sha256"], dict):
+        manifest = {key: value for key, value in json.loads(content).items() if key != _SEAL}
+        if content != _sealed(manifest) or not isinstance(manifest["sha256"], dict):
             raise Damaged(f"{file}: its SHA-256 is not the one that was written")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, AttributeError):
         raise Damaged(f"{file}: not the JSON that was written") from None
     if manifest.get("format") != FORMAT:
         raise Damaged(f"{file}: format {manifest.get('format')}, this version reads {FORMAT}")
     name = _NAME.fullmatch(folder.name)
     if name and manifest.get("step") != int(name[1]):
         raise Damaged(f"{file}: of step {manifest.get('step')}, in the folder of another")
-    return dict(manifest)
+    return manifest
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """The manifest as it is written: JSON that ends with its own hash."""
+    return _to_json(manifest | {_SEAL: _sha256(_to_json(manifest))})
 
 
 def _read_file(file: Path) -> bytes:

@@ -20,10 +20,10 @@ def read_idx(file: Path, dimensions: int) -> Tensor:
     content = _read(file)
     magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
     header = 4 + 4 * dimensions
+    if len(content) >= 4 and content[:4] != magic:
+        raise InputError(f"{file}: wrong magic number {content[:4].hex()}, expected {magic.hex()}; is it another file?")
     if len(content) < header:
         raise InputError(f"{file}: truncated: {len(content)} bytes are less than an IDX header; fetch the file again")
-    if content[:4] != magic:
-        raise InputError(f"{file}: wrong magic number {content[:4].hex()}, expected {magic.hex()}; is it another file?")
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     size = 1
     for length in shape:

@@ -1,0 +1,143 @@
+"""A config comes from a file and then the command line, survives being saved, and refuses what is wrong by name."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+from vae_dist.config import (
+    Config,
+    DataConfig,
+    InputError,
+    ModelConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    differences,
+    from_mapping,
+    parse,
+    to_mapping,
+    to_yaml,
+)
+
+RECIPES = sorted((ROOT / "configs").glob("**/*.yaml"))
+
+
+def test_no_option_at_all_is_the_seeds_job() -> None:
+    config = parse([])
+    assert (config.data.name, config.data.batch_size, config.trainer.epochs) == ("mnist", 128, 10)
+    assert (config.model.kind, config.model.hidden, config.model.latent_dim) == ("mlp", (400,), 20)
+    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.betas) == ("adam", 1e-3, (0.9, 0.999))
+    assert (config.trainer.precision, config.output, config.resume) == ("fp32", "runs/mnist", "auto")
+
+
+def test_options_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 3\nmodel: {hidden: [300, 100]}\noptimizer: {lr: 1e-2, clip_norm: 5}\n")
+    config = parse(["--config", str(file), "--optimizer.lr", "0.5", "--trainer.deterministic", "true"])
+    assert config.seed == 3
+    assert config.model.hidden == (300, 100)
+    assert config.optimizer == OptimizerConfig(lr=0.5, clip_norm=5.0)
+    assert config.trainer.deterministic
+    assert config.output == "runs/mine"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_parses_and_says_what_it_is(recipe: Path) -> None:
+    assert parse(["--config", str(recipe)]).output == f"runs/{recipe.stem}"
+    assert recipe.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(output="x", seed=7, data=DataConfig(name="glyphs", batch_size=1)),
+        Config(model=ModelConfig(hidden=()), optimizer=OptimizerConfig(lr=3e-7, clip_norm=1.5, betas=(0.0, 0.5))),
+        Config(trainer=TrainerConfig(precision="bf16", micro_batch_size=64, deterministic=True)),
+    ],
+)
+def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> None:
+    assert from_mapping(to_mapping(config), "here") == config
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert parse(["--config", str(file), "--output", "x"]) == parse(["--config", str(file), "--output", "x"])
+    assert to_mapping(parse(["--config", str(file), "--output", "x"])) == to_mapping(config) | {"output": "x"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--optimizer.lrr", "1"], ["--optimizer.lrr", "--optimizer.lr FLOAT"]),
+        (["--data.bach_size", "1"], ["--data.bach_size", "--data.batch_size INT"]),
+        (["--data.name", "mnits"], ["mnits", "--data.name", "'mnist'"]),
+        (["--seed", "x"], ["--seed", "'x'"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--trainer.epochs", "1.5"], ["--trainer.epochs", "1.5"]),
+        (["--trainer.epochs", "0"], ["--trainer.epochs 0", "at least 1"]),
+        (["--data.batch_size", "-3"], ["--data.batch_size -3", "at least 1"]),
+        (["--model.latent_dim", "0"], ["--model.latent_dim 0"]),
+        (["--model.hidden", "400", "0"], ["--model.hidden 400 0"]),
+        (["--optimizer.lr", "nan"], ["--optimizer.lr nan"]),
+        (["--optimizer.lr", "-1"], ["--optimizer.lr -1"]),
+        (["--optimizer.betas", "0.9", "1"], ["--optimizer.betas 0.9 1"]),
+        (["--optimizer.clip_norm", "0"], ["--optimizer.clip_norm 0"]),
+        (["--trainer.micro_batch_size", "0"], ["--trainer.micro_batch_size 0"]),
+        (["--trainer.deterministic", "true", "--trainer.micro_batch_size", "3"], ["--trainer.micro_batch_size 3", "16"]),
+        (["--trainer.precision", "no"], ["--trainer.precision", "'fp32'"]),
+        (["--checkpoint.keep", "0"], ["--checkpoint.keep 0"]),
+        (["--tracking.log_every", "0"], ["--tracking.log_every 0"]),
+        (["--config"], ["--config"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_wrong_options_are_named(options: list[str], told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(options)
+    assert end.value.code == 2
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    for words in told:
+        assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "No such file"), ("a: [", "not YAML"), ("- 1", "must hold fields"), ("\0", "not YAML"), ("just words", "a str")],
+)
+def test_a_file_that_is_no_config_is_refused_by_name(content: str | None, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match=rf"mine\.yaml: .*{told}"):
+        parse(["--config", str(file)])
+
+
+def test_a_typo_in_a_file_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("optimizer: {lrr: 1}")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(tmp_path / "mine.yaml")])
+    printed = capsys.readouterr().err
+    assert "--optimizer.lr FLOAT" in printed
+    assert "mine.yaml" in printed
+
+
+def test_every_field_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    names = [
+        f"{section}.{name}" for section, fields in to_mapping(Config()).items() if isinstance(fields, dict) for name in fields
+    ]
+    assert [name for name in [*names, "seed", "output", "resume", "config"] if f"--{name}" not in printed] == []
+
+
+def test_differences_name_what_changes_a_runs_meaning() -> None:
+    old = Config(seed=1)
+    assert differences(old, Config(seed=2)) == ["seed: 1 there, 2 here"]
+    harmless = Config(
+        seed=1, output="y", data=DataConfig(root="/elsewhere"), trainer=TrainerConfig(epochs=99, micro_batch_size=3)
+    )
+    assert differences(old, harmless) == []
+    falling = OptimizerConfig(schedule="linear")
+    longer = Config(seed=1, optimizer=falling, trainer=TrainerConfig(epochs=99))
+    assert differences(Config(seed=1, optimizer=falling), longer) == ["trainer.epochs: 10 there, 99 here"]

@@ -1,0 +1,74 @@
+"""The schedule is a function of the step; the optimizer's state goes by parameter name."""
+
+import pytest
+import torch
+
+from vae_dist.config import InputError, ModelConfig, OptimizerConfig
+from vae_dist.model import VAE, build_model
+from vae_dist.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+
+
+def test_schedules() -> None:
+    def rates(**options: object) -> list[float]:
+        config = OptimizerConfig(lr=1.0, **options)  # type: ignore[arg-type]
+        return [round(learning_rate(config, step, 8), 4) for step in range(8)]
+
+    assert rates() == [1.0] * 8
+    assert rates(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert rates(schedule="linear") == [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert rates(schedule="linear", warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert rates(schedule="cosine")[::2] == [1.0, 0.8536, 0.5, 0.1464]
+
+
+def model() -> VAE:
+    return build_model(ModelConfig(hidden=(5,), latent_dim=2), (1, 2, 3), seed=0)
+
+
+def step(vae: VAE, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in vae.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_restored_optimizer_goes_on_as_the_first_would(kind: str) -> None:
+    config = OptimizerConfig(kind=kind)  # type: ignore[arg-type]
+    first = model()
+    optimizer = build_optimizer(config, first)
+    step(first, optimizer, 1)
+    second = model()
+    second.load_state_dict(first.state_dict())
+    restored = build_optimizer(config, second)
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, first).items()}
+    load_optimizer_tensors(restored, second, dict(reversed(tensors.items())))
+    step(first, optimizer, 2)
+    step(second, restored, 2)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_that_does_not_fit_is_refused() -> None:
+    vae = model()
+    optimizer = build_optimizer(OptimizerConfig(), vae)
+    step(vae, optimizer, 1)
+    tensors = optimizer_tensors(optimizer, vae)
+    with pytest.raises(InputError, match="lacks parameters"):
+        load_optimizer_tensors(optimizer, vae, {key: t for key, t in tensors.items() if "decoder.0.bias" not in key})
+    wrong = tensors | {"optimizer.decoder.0.bias.exp_avg": torch.zeros(99)}
+    with pytest.raises(InputError, match=r"decoder\.0\.bias has another shape"):
+        load_optimizer_tensors(optimizer, vae, wrong)
+
+
+def test_a_model_is_a_function_of_its_seed_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    a, b, c = (build_model(ModelConfig(), (1, 4, 4), seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(a.encoder.get_parameter("1.weight"), b.encoder.get_parameter("1.weight"))
+    assert not torch.equal(a.encoder.get_parameter("1.weight"), c.encoder.get_parameter("1.weight"))
+
+
+def test_the_default_model_has_the_seeds_size() -> None:
+    assert sum(p.numel() for p in build_model(ModelConfig(), (1, 28, 28), 0).parameters()) == 652_824
