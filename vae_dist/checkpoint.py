@@ -53,9 +53,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         for name, content in contents.items():
             _write_and_sync(temporary / name, content)
-    except OSError:  # no room, say: give back what was taken
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        room = sum(map(len, contents.values())) / 2**20
+        raise OSError(error.errno, f"{error.strerror}; a checkpoint takes {room:.1f} MiB", str(folder)) from None
     _sync_folder(temporary)
     if folder.exists():  # a damaged one of the same step
         shutil.rmtree(folder)
@@ -171,10 +172,13 @@ def _sha256(content: bytes) -> str:
 
 
 def _write_and_sync(file: Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with file.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None  # only opening names the file by itself
 
 
 def _sync_folder(folder: Path) -> None:

@@ -152,7 +152,7 @@ class Config:
     output: str = ""
     """The run's folder; empty: runs/<name of the config file, or of the data set>. A run that lies there is continued."""
     resume: str = "auto"
-    """auto: go on from the newest whole checkpoint in the output folder; never; or the path of a checkpoint."""
+    """auto: go on from the newest whole checkpoint in the output folder; never; or a checkpoint to begin a new folder with."""
     seed: int = 0
     """The one seed."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -52,7 +52,6 @@ class RunFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        checkpoint.write_atomically(self._config, to_yaml(config))
 
     def _take_lock(self) -> None:
         """A lock that goes with the process, however it ends."""
@@ -61,6 +60,11 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"--output {self.path}: another job is running there; wait for it, or name another") from None
+
+    def release(self) -> None:
+        """Lets other jobs have the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def config(self) -> Config:
         """The config of the run. Raises InputError where there is none that can be read."""
@@ -73,6 +77,9 @@ class RunFolder:
         if not isinstance(values, dict):
             raise InputError(f"{self._config}: not a run's config")
         return from_mapping(values, self._config)
+
+    def save_config(self, config: Config) -> None:
+        checkpoint.write_atomically(self._config, to_yaml(config))
 
     def set_status(self, state: State, reason: str, **figures: int) -> None:
         """Says how the run stands, for schedulers: a launcher of several processes turns every exit status into 1."""
@@ -122,7 +129,7 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
     try:
         values = json.loads(description.read_text())
         config, shape = from_mapping(values["config"], description), [int(side) for side in values["image_shape"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{description}: cannot be read: {error}") from None
     model = VAE(config.model, shape)
     restore_weights(model, checkpoint.read_tensors(folder / "model.safetensors"), folder)

@@ -34,7 +34,7 @@ class Tracker:
 class RunTracker(Tracker):
     """Rank zero's."""
 
-    def __init__(self, accelerator: Accelerator, run: RunFolder, config: Config, step: int) -> None:
+    def __init__(self, accelerator: Accelerator, run: RunFolder, config: Config, mode: str, step: int) -> None:
         """Goes on after optimizer step `step`: rows beyond it, of a run that was cut off, are about to be made again."""
         rows = [row for row in read_rows(run.metrics) if row["step"] <= step]
         write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -43,7 +43,7 @@ class RunTracker(Tracker):
         self._accelerator = accelerator
         self._folder = run.path / "wandb"
         self._wandb: Any = None
-        self._start_wandb(run, config)
+        self._start_wandb(run, config, mode)
 
     def log(self, group: str, row: Row, pictures: Mapping[str, Path] | None = None) -> None:
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
@@ -66,8 +66,7 @@ class RunTracker(Tracker):
             return str(run.url)
         return f"{self._folder}, offline; upload it with: wandb sync {self._folder}/offline-run-*"
 
-    def _start_wandb(self, run: RunFolder, config: Config) -> None:
-        mode = wandb_mode(config)
+    def _start_wandb(self, run: RunFolder, config: Config, mode: str) -> None:
         if mode == "disabled":
             return
         if mode == "online":

@@ -26,32 +26,30 @@ from vae_dist.distributed import (
 )
 from vae_dist.model import build_model
 from vae_dist.run import RunFolder, State
-from vae_dist.tracking import RunTracker, Tracker
+from vae_dist.tracking import RunTracker, Tracker, wandb_mode
 from vae_dist.trainer import Diverged, Trainer
 
 
 def main(args: list[str] | None = None) -> int:
     config = parse(sys.argv[1:] if args is None else args)
     accelerator = start(config.trainer, config.data.batch_size)
+    mode = from_first_rank(accelerator, lambda: wandb_mode(config))
     train, test = load_data(config.data, accelerator)
     run = RunFolder(config.output)
-    on_first_rank(accelerator, lambda: run.claim(config))
-
-    model = build_model(config.model, train.pixels.shape[1:], config.seed)
-    trainer = Trainer(config, accelerator, model, train.pixels, test.pixels, run)
-    source = from_first_rank(accelerator, lambda: find_checkpoint(config, run))
-    if source is not None:
-        together(accelerator, lambda: trainer.resume(source))
-    if trainer.is_done() and run.state() == "finished":
-        accelerator.print(f"{run.path} is finished. For more, raise --trainer.epochs, or name another --output")
-        return 0
-    if source is not None:
-        accelerator.print(f"going on from {source}, after {trainer.progress.step} of {trainer.total_steps} steps")
-
-    step = trainer.progress.step
-    tracker = on_first_rank(accelerator, lambda: RunTracker(accelerator, run, config, step))
-    trainer.tracker = tracker or Tracker()
-    return run_to_end(trainer, accelerator)
+    try:
+        on_first_rank(accelerator, lambda: run.claim(config))
+        model = build_model(config.model, train.pixels.shape[1:], config.seed)
+        trainer = Trainer(config, accelerator, model, train.pixels, test.pixels, run)
+        resume(trainer, accelerator)
+        if trainer.is_done() and run.state() == "finished":
+            accelerator.print(f"{run.path} is finished. For more, raise --trainer.epochs, or name another --output")
+            return 0
+        on_first_rank(accelerator, lambda: run.save_config(config))
+        tracker = on_first_rank(accelerator, lambda: RunTracker(accelerator, run, config, mode, trainer.progress.step))
+        trainer.tracker = tracker or Tracker()
+        return run_to_end(trainer, accelerator)
+    finally:
+        run.release()
 
 
 def load_data(config: DataConfig, accelerator: Accelerator) -> tuple[Images, Images]:
@@ -65,12 +63,20 @@ def load_data(config: DataConfig, accelerator: Accelerator) -> tuple[Images, Ima
     return train.to(accelerator.device), test.to(accelerator.device)
 
 
+def resume(trainer: Trainer, accelerator: Accelerator) -> None:
+    """Goes on from the checkpoint that `--resume` means, if there is one."""
+    source = from_first_rank(accelerator, lambda: find_checkpoint(trainer.config, trainer.run))
+    if source is not None:
+        together(accelerator, lambda: trainer.resume(source))
+        accelerator.print(f"going on from {source}, after {trainer.progress.step} of {trainer.total_steps} steps")
+
+
 def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. Rank zero only, since it says what is damaged."""
-    if config.resume in ("auto", "never"):
-        newest, problems = checkpoint.newest_whole(run.checkpoints)
-        for problem in problems:
-            print(f"passing over a damaged checkpoint: {problem}", flush=True)
+    """The run's newest whole checkpoint, else the one `--resume` names, else None. Rank zero only: it says what is damaged."""
+    newest, problems = checkpoint.newest_whole(run.checkpoints)
+    for problem in problems:
+        print(f"passing over a damaged checkpoint: {problem}", flush=True)
+    if newest is not None or config.resume in ("auto", "never"):
         return newest
     source = Path(config.resume)
     try:
@@ -79,9 +85,6 @@ def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
         raise InputError(f"--resume {source}: not a whole checkpoint: {error}") from None
     if changes := differences(from_mapping(saved.config["config"], source), config):
         raise InputError(f"--resume {source}: of a run of another config ({'; '.join(changes)}); give the same options")
-    newer = [path for path in checkpoint.list_checkpoints(run.checkpoints) if path.resolve() != source.resolve()]
-    if newer:
-        raise InputError(f"--resume {source}: --output {run.path} has checkpoints of its own; name another --output")
     return source
 
 

@@ -1,0 +1,405 @@
+"""A run from start to end on one process: what it leaves, how it goes on, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import vae_dist
+from tests.conftest import Outcome
+from tests.helpers import ROOT, arguments, environment, write_idx_set
+from vae_dist.config import DataConfig, parse
+from vae_dist.data import as_images, glyphs, sources
+from vae_dist.noise import Stream, derive_key, normal
+from vae_dist.run import RunFolder
+from vae_dist.tracking import read_rows
+
+Command = Callable[..., Outcome]
+
+TIMES = {"images_per_second", "train_seconds", "test_seconds"}  # all that may differ between two runs of a config
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(run / "metrics.jsonl")]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def quick(small_root: Path) -> list[object]:
+    """Options of a small run: 8 steps an epoch, 2 epochs, no W&B."""
+    return ["--data.root", small_root, "--trainer.epochs", 2, "--model.hidden", 40, "--tracking.wandb", "disabled"]
+
+
+def test_a_run_leaves_what_the_contract_says(trained: Path) -> None:
+    files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file() and "wandb" not in path.parts}
+    pictures = {f"images/{kind}_{epoch}.png" for kind in ("reconstruction", "sample") for epoch in (1, 2, 3)}
+    saved = {"config.json", "model.safetensors", "trainer.json", "trainer.safetensors"}
+    checkpoints = {f"checkpoints/step_{step:08d}/{name}" for step in (8, 16, 24) for name in saved}
+    single = {"config.yaml", "metrics.jsonl", "config.json", "model.safetensors", "status.json", ".lock"}
+    assert files == single | pictures | checkpoints
+    status = json.loads((trained / "status.json").read_text())
+    assert (status["state"], status["epoch"], status["step"], status["steps"]) == ("finished", 3, 24, 24)
+
+
+def test_rows_say_what_they_are_means_of(trained: Path) -> None:
+    rows = read_rows(trained / "metrics.jsonl")
+    for row in rows:
+        assert {"split", "epoch", "step", "images_seen", "n", "loss", "bce", "kld"} <= row.keys()
+        assert row["loss"] == pytest.approx(row["bce"] + row["kld"], rel=1e-12)
+    curve = [(row["step"], row["n"]) for row in rows if row["split"] == "train"]
+    assert curve == [(4, 512), (8, 1000), (12, 512), (16, 1000), (20, 512), (24, 1000)]
+    assert [(row["epoch"], row["step"], row["n"]) for row in rows if row["split"] == "test"] == [
+        (1, 8, 300),
+        (2, 16, 300),
+        (3, 24, 300),
+    ]
+    assert [row["images_seen"] for row in rows] == [512, 1000, 1000, 1512, 2000, 2000, 2512, 3000, 3000]
+    train = [row for row in rows if row["split"] == "train"]
+    assert all(row["lr"] == 1e-3 and row["grad_norm"] > 0 and row["images_per_second"] > 0 for row in train)
+    tests = [row["loss"] for row in rows if row["split"] == "test"]
+    assert tests == sorted(tests, reverse=True), "it learns"
+
+
+def test_pictures_have_the_size_of_their_grids(trained: Path) -> None:
+    with Image.open(trained / "images" / "sample_3.png") as sample:
+        assert sample.size == (8 * 30 - 2, 8 * 30 - 2)
+        assert max(sample.convert("L").tobytes()) > 50
+    with Image.open(trained / "images" / "reconstruction_3.png") as reconstruction:
+        assert reconstruction.size == (8 * 30 - 2, 2 * 30 - 2)
+
+
+def test_the_saved_config_is_the_run(trained: Path, small_root: Path) -> None:
+    config = parse(["--config", str(trained / "config.yaml")])
+    assert config == RunFolder(trained).config()
+    assert (config.data.root, config.trainer.epochs, config.output) == (str(small_root), 3, str(trained))
+
+
+def test_the_weights_load_with_torch_alone(trained: Path) -> None:
+    """The README's snippet."""
+    weights = load_file(trained / "model.safetensors")
+    decoder = torch.nn.Sequential(torch.nn.Linear(20, 400), torch.nn.ReLU(), torch.nn.Linear(400, 784), torch.nn.Sigmoid())
+    decoder.load_state_dict({name.removeprefix("decoder."): t for name, t in weights.items() if name.startswith("decoder.")})
+    latents = torch.randn(3, 20)
+    torch.testing.assert_close(decoder(latents).view(3, 1, 28, 28), vae_dist.load(trained).decode(latents))
+
+
+def test_load_gives_a_model_that_encodes_decodes_and_samples(trained: Path) -> None:
+    model = vae_dist.load(str(trained))
+    assert not model.training
+    images = torch.rand(4, 1, 28, 28)
+    mean, logvar = model.encode(images)
+    assert mean.shape == logvar.shape == (4, 20)
+    assert model.decode(mean).shape == (4, 1, 28, 28)
+    samples = model.sample(5, seed=3)
+    assert samples.shape == (5, 1, 28, 28)
+    assert 0 <= samples.min() < samples.max() <= 1
+    torch.testing.assert_close(model.sample(2, seed=3), samples[:2])
+    assert not torch.equal(model.sample(5, seed=4), samples)
+
+
+def test_a_checkpoint_loads_too(trained: Path) -> None:
+    final, last, first = (
+        vae_dist.load(path).decoder.get_parameter("0.weight")
+        for path in (trained, trained / "checkpoints" / "step_00000024", trained / "checkpoints" / "step_00000008")
+    )
+    assert torch.equal(final, last)
+    assert not torch.equal(final, first)
+
+
+def test_evaluate_prints_and_writes_the_figures_of_the_last_epoch(trained: Path, command: Command) -> None:
+    outcome = command("evaluate", trained)
+    assert outcome.status == 0
+    last = next(row for row in reversed(records(trained)) if row["split"] == "test")
+    found = json.loads((trained / "evaluation.json").read_text())
+    assert [found[key] for key in ("n", "loss", "bce", "kld")] == [last[key] for key in ("n", "loss", "bce", "kld")]
+    assert found["elbo"] == -found["loss"]
+    assert f"test loss {last['loss']:.4f}" in outcome.out
+    assert "n=300" in outcome.out
+
+
+def test_the_test_figures_agree_with_an_independent_float64_computation(trained: Path, small_root: Path) -> None:
+    images = as_images(sources.load(DataConfig(root=str(small_root)), train=False).pixels).double().flatten(1)
+    last = next(row for row in reversed(records(trained)) if row["split"] == "test")
+    same_draw = normal(derive_key(0, Stream.EVALUATION), torch.arange(300), 20).double()
+    bce, kld = reference_terms(trained, images, same_draw)
+    assert last["bce"] == pytest.approx(bce.mean().item(), rel=1e-6)
+    assert last["kld"] == pytest.approx(kld.mean().item(), rel=1e-6)
+    torch.manual_seed(0)
+    draws = torch.stack([reference_terms(trained, images, torch.randn(300, 20).double())[0] for _ in range(8)])
+    assert abs(last["bce"] - draws.mean().item()) < 4 * draws.std(0).mean().item() / 300**0.5
+
+
+def reference_terms(run: Path, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """BCE and KL of each image in float64, from the saved weights and nothing of this package."""
+    w = {name: tensor.double() for name, tensor in load_file(run / "model.safetensors").items()}
+    hidden = (images @ w["encoder.1.weight"].T + w["encoder.1.bias"]).clamp(min=0)
+    mean, logvar = (hidden @ w["encoder.3.weight"].T + w["encoder.3.bias"]).split(20, dim=1)
+    latents = mean + (logvar / 2).exp() * noise
+    hidden = (latents @ w["decoder.0.weight"].T + w["decoder.0.bias"]).clamp(min=0)
+    p = torch.sigmoid(hidden @ w["decoder.2.weight"].T + w["decoder.2.bias"])
+    bce = -(images * p.log() + (1 - images) * (1 - p).log()).sum(1)
+    return bce, -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(1)
+
+
+@pytest.mark.parametrize("cut", [3, 8, 11])
+def test_a_run_cut_off_after_a_checkpoint_ends_with_the_same_bytes(
+    cut: int, quick: list[object], command: Command, tmp_path: Path
+) -> None:
+    """As after a kill: later checkpoints are gone, later rows are there, a row is half written."""
+    often = ["--checkpoint.every_steps", 1, "--checkpoint.keep", 99, "--tracking.log_every", 2]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert command("train", *quick, *often, "--output", whole).status == 0
+    shutil.copytree(whole, again)
+    for folder in (again / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step_")) > cut:
+            shutil.rmtree(folder)
+    for name in ("model.safetensors", "config.json", "status.json"):
+        (again / name).unlink()
+    with (again / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"split": "train", "ep')
+    outcome = command("train", *quick, *often, "--output", again)
+    assert outcome.status == 0
+    assert f"step_{cut:08d}" in outcome.out
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert records(again) == records(whole)
+    for name in ("sample_2.png", "reconstruction_2.png"):
+        assert (again / "images" / name).read_bytes() == (whole / "images" / name).read_bytes()
+
+
+def test_saving_often_changes_nothing(quick: list[object], command: Command, tmp_path: Path) -> None:
+    assert command("train", *quick, "--output", tmp_path / "a").status == 0
+    assert command("train", *quick, "--output", tmp_path / "b", "--checkpoint.every_steps", 3).status == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_asked_again_says_so_and_changes_nothing(quick: list[object], command: Command, tmp_path: Path) -> None:
+    assert command("train", *quick, "--output", tmp_path / "run").status == 0
+    before = everything(tmp_path / "run")
+    outcome = command("train", *quick, "--output", tmp_path / "run")
+    assert outcome.status == 0
+    assert "is finished" in outcome.out
+    assert everything(tmp_path / "run") == before
+
+
+def test_more_epochs_go_on_from_the_end(quick: list[object], command: Command, tmp_path: Path) -> None:
+    assert command("train", *quick, "--output", tmp_path / "two").status == 0
+    assert command("train", *quick, "--output", tmp_path / "two", "--trainer.epochs", 3).status == 0
+    assert command("train", *quick, "--output", tmp_path / "three", "--trainer.epochs", 3).status == 0
+    assert (tmp_path / "two" / "model.safetensors").read_bytes() == (tmp_path / "three" / "model.safetensors").read_bytes()
+    assert records(tmp_path / "two") == records(tmp_path / "three")
+
+
+def test_a_run_may_go_on_from_a_checkpoint_of_another_folder(quick: list[object], command: Command, tmp_path: Path) -> None:
+    assert command("train", *quick, "--output", tmp_path / "a").status == 0
+    source = tmp_path / "a" / "checkpoints" / "step_00000008"
+    assert command("train", *quick, "--output", tmp_path / "b", "--resume", source).status == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    outcome = command("train", *quick, "--output", tmp_path / "c", "--resume", source, "--seed", 5)
+    refused(outcome, "seed: 0 there, 5 here")
+    refused(command("train", *quick, "--output", tmp_path / "d", "--resume", tmp_path / "nowhere"), "nowhere")
+
+
+def test_an_optimizer_with_accumulation_clipping_and_a_schedule_trains(
+    quick: list[object], command: Command, tmp_path: Path
+) -> None:
+    more = ["--trainer.micro_batch_size", 50, "--optimizer.clip_norm", 500, "--optimizer.schedule", "cosine"]
+    outcome = command("train", *quick, *more, "--optimizer.warmup_steps", 4, "--output", tmp_path, "--tracking.log_every", 1)
+    assert outcome.status == 0, outcome.err
+    rates = [row["lr"] for row in records(tmp_path) if row["split"] == "train"]
+    assert rates[:4] == [0.00025, 0.0005, 0.00075, 0.001]
+    assert rates[-1] < 1e-4
+
+
+def test_bf16_trains_and_is_evaluated_in_float32(quick: list[object], command: Command, tmp_path: Path) -> None:
+    assert command("train", *quick, "--output", tmp_path, "--trainer.precision", "bf16").status == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+    assert command("evaluate", tmp_path).status == 0
+    last = next(row for row in reversed(records(tmp_path)) if row["split"] == "test")
+    assert json.loads((tmp_path / "evaluation.json").read_text())["loss"] == last["loss"]
+
+
+# What is refused: one readable error, status 2, nothing overwritten.
+
+
+def refused(outcome: Outcome, *told: str) -> None:
+    assert outcome.status == 2
+    assert outcome.err.count("error: ") == 1
+    assert "Traceback" not in outcome.err
+    for words in told:
+        assert words in outcome.err
+
+
+@pytest.fixture
+def finished(quick: list[object], command: Command, tmp_path: Path) -> Path:
+    assert command("train", *quick, "--output", tmp_path / "run").status == 0
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--seed", 1], "seed: 0 there, 1 here"),
+        (["--data.batch_size", 64], "data.batch_size: 128 there, 64 here"),
+        (["--trainer.precision", "bf16"], "trainer.precision: fp32 there, bf16 here"),
+        (["--resume", "never"], "--resume never"),
+    ],
+)
+def test_a_folder_with_another_run_is_refused(
+    options: list[object], told: str, finished: Path, quick: list[object], command: Command
+) -> None:
+    before = everything(finished)
+    refused(command("train", *quick, "--output", finished, *options), told, str(finished))
+    assert everything(finished) == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(finished: Path, quick: list[object], command: Command) -> None:
+    final = (finished / "model.safetensors").read_bytes()
+    (finished / "checkpoints" / "step_00000016" / "trainer.safetensors").write_bytes(b"broken")
+    outcome = command("train", *quick, "--output", finished)
+    assert outcome.status == 0
+    assert "step_00000016/trainer.safetensors" in outcome.out
+    assert "going on from" in outcome.out
+    assert (finished / "model.safetensors").read_bytes() == final
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_refused(finished: Path, quick: list[object], command: Command) -> None:
+    for folder in (finished / "checkpoints").iterdir():
+        (folder / "trainer.json").write_text("{}")
+    before = everything(finished)
+    refused(command("train", *quick, "--output", finished), "no checkpoint is whole", "step_00000008/trainer.json")
+    assert everything(finished) == before
+
+
+def test_a_folder_in_use_or_not_a_run_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused(command("train", *quick, "--output", tmp_path / "file"), "is a file")
+    refused(command("train", *quick, "--output", tmp_path), "holds files but no run")
+    refused(command("train", *quick, "--output", tmp_path / "file" / "below"), str(tmp_path / "file"))
+    busy = RunFolder(tmp_path / "busy")
+    options = [*map(str, quick), "--output", str(busy.path)]
+    busy.claim(parse(options))
+    refused(command("train", *options), "another job is running there")
+    busy.release()
+    assert command("train", *options).status == 0
+
+
+def test_what_cannot_be_loaded_is_refused(finished: Path, command: Command, tmp_path: Path) -> None:
+    refused(command("evaluate", tmp_path / "nothing"), "nothing: no weights there")
+    (finished / "model.safetensors").write_bytes(b"\x80\x04\x95 a pickle")
+    refused(command("evaluate", finished), "model.safetensors: not a readable safetensors file")
+    refused(command("generate", finished), "model.safetensors: not a readable safetensors file")
+    (finished / "config.json").write_text('{"config": 3}')
+    refused(command("evaluate", finished), "config.json")
+
+
+def test_data_that_changed_under_a_run_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_idx_set(root, *glyphs.draw(0, 200), *glyphs.draw(200, 250))
+    options = [*quick, "--data.root", root, "--output", tmp_path / "run"]
+    assert command("train", *options).status == 0
+    write_idx_set(root, *glyphs.draw(0, 150), *glyphs.draw(200, 250))
+    refused(command("train", *options, "--trainer.epochs", 3), "trained on 200 images, but there are 150")
+    images, labels = glyphs.draw(200, 250)
+    write_idx_set(root, *glyphs.draw(0, 200), images[..., :20], labels)
+    refused(command("train", *options, "--trainer.epochs", 3), "differ in shape: 1x28x28 and 1x28x20")
+
+
+def test_what_this_machine_lacks_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:
+    refused(command("train", *quick, "--output", tmp_path / "a", "--trainer.precision", "fp16"), "--trainer.precision fp16")
+    refused(command("train", *quick, "--output", tmp_path / "a", "--tracking.wandb", "online"), "--tracking.wandb online")
+
+
+def test_a_diverging_run_fails_and_keeps_its_last_good_checkpoint(
+    quick: list[object], command: Command, tmp_path: Path
+) -> None:
+    assert command("train", *quick, "--output", tmp_path).status == 0
+    before = everything(tmp_path / "checkpoints")
+    root = tmp_path / "checkpoints" / "step_00000016"
+    other = tmp_path / "other"
+    outcome = command("train", *quick, "--output", other, "--optimizer.kind", "sgd", "--optimizer.lr", 1e6)
+    assert outcome.status == 1
+    assert "not finite" in outcome.out
+    assert json.loads((other / "status.json").read_text())["state"] == "failed"
+    assert not (other / "checkpoints").exists()
+    assert everything(tmp_path / "checkpoints") == before
+    assert root.exists()
+
+
+def test_a_full_disk_ends_the_run_with_one_error_and_nothing_half_written(small_root: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the weights do not fit."""
+    options = ["--data.root", small_root, "--tracking.wandb", "disabled", "--output", tmp_path / "run"]
+    limited = ["bash", "-c", 'ulimit -f 500; exec "$@"', "-", *arguments("vae_dist.train", *options)]
+    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100, check=False)
+    refused(Outcome(done.returncode, done.stdout, done.stderr), "File too large", "step_00000008")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda signum: signum.name)
+def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(
+    signum: signal.Signals, quick: list[object], command: Command, small_root: Path, tmp_path: Path
+) -> None:
+    options = [*quick, "--trainer.epochs", 40, "--tracking.log_every", 2]
+    process = subprocess.Popen(
+        arguments("vae_dist.train", *options, "--output", tmp_path / "run"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not read_rows(tmp_path / "run" / "metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 75, out
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "interrupted"
+    assert 0 < status["step"] < 40 * 8
+    assert len(vae_dist.load(tmp_path / "run").state_dict()) == 8, "an unfinished run loads from its newest checkpoint"
+    epochs = ["--trainer.epochs", status["step"] // 8 + 2]
+    assert command("train", *options, *epochs, "--output", tmp_path / "run").status == 0
+    assert command("train", *options, *epochs, "--output", tmp_path / "whole").status == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_generate_draws_its_pictures(finished: Path, command: Command, tmp_path: Path) -> None:
+    outcome = command("generate", finished, "--out", tmp_path / "pictures", "--samples", 10)
+    assert outcome.status == 0
+    sizes = {}
+    for name in ("samples", "reconstructions", "traversals", "interpolations"):
+        with Image.open(tmp_path / "pictures" / f"{name}.png") as picture:
+            sizes[name] = ((picture.width + 2) // 30, (picture.height + 2) // 30)
+    assert sizes == {"samples": (3, 4), "reconstructions": (8, 2), "traversals": (11, 20), "interpolations": (11, 8)}
+    again = command("generate", finished, "--out", tmp_path / "again", "--samples", 10)
+    assert again.status == 0
+    assert everything(tmp_path / "again") == everything(tmp_path / "pictures")
+    assert command("generate", finished).status == 0
+    assert (finished / "generated" / "samples.png").is_file()
+    assert command("generate", finished, "--samples", 0).status == 2
+
+
+def test_the_environment_of_a_launcher_does_not_change_the_gradient(
+    quick: list[object], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate's accumulation setting would divide the loss."""
+    assert command("train", *quick, "--output", tmp_path / "a").status == 0
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert command("train", *quick, "--output", tmp_path / "b").status == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "4"
