@@ -17,7 +17,7 @@ from vae_dist.run import RunFolder
 
 Row = dict[str, Any]
 
-_WANDB_START_SECONDS = 30.0  # for a server to answer before the run goes on offline
+_WANDB_START_SECONDS = 20.0  # for a server to answer before the run goes on offline
 
 
 class Tracker:
@@ -87,7 +87,8 @@ class RunTracker(Tracker):
             "mode": mode,
             "settings": settings,
         }
-        self._accelerator.trackers.clear()  # of an attempt that failed
+        wandb.teardown()  # an attempt that failed still holds the run's id
+        self._accelerator.trackers.clear()
         self._accelerator.init_trackers(config.tracking.project, to_mapping(config), {"wandb": options | {"resume": "allow"}})
         self._wandb = self._accelerator.get_tracker("wandb", unwrap=True)
 

@@ -1,0 +1,76 @@
+"""The order of the house: each module imports only from those above it, and nothing heavy before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vae_dist
+from tests.helpers import ROOT
+
+ORDER = [
+    "config",
+    "noise",
+    "data.glyphs",
+    "data.idx",
+    "data.order",
+    "data.sources",
+    "networks",
+    "likelihoods",
+    "model",
+    "objective",
+    "optimizer",
+    "distributed",
+    "checkpoint",
+    "run",
+    "pictures",
+    "tracking",
+    "evaluate",
+    "trainer",
+    "train",
+    "generate",
+]
+
+PACKAGE = Path(vae_dist.__file__).parent
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of this package that a module imports when it is imported."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vae_dist":
+            head = node.module.removeprefix("vae_dist").lstrip(".")
+            names |= {f"{head}.{alias.name}".lstrip(".") for alias in node.names} | {head}
+    return names & set(ORDER)
+
+
+def test_every_module_has_its_place() -> None:
+    found = {module_name(path) for path in PACKAGE.rglob("*.py")} - {"__init__", "data"}
+    assert found == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_from_those_above_it(module: str) -> None:
+    path = PACKAGE / (module.replace(".", "/") + ".py")
+    assert imported(path) <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [("vae_dist", ["torch", "accelerate", "tyro"]), ("vae_dist.train", ["wandb", "torchvision"])],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(module: str, unwanted: list[str]) -> None:
+    check = f"import sys, {module}; sys.exit(str([m for m in {unwanted} if m in sys.modules] or 0))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "0" or done.returncode == 0, done.stderr
+
+
+def test_modules_fit_their_limit() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 320} == {}

@@ -1,0 +1,142 @@
+"""What W&B is told, read back from the offline run's file; and that nothing about W&B can stop a run."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Outcome
+from tests.helpers import launch
+from tests.wandb_file import WandbRun, read_wandb
+from vae_dist.config import Config, InputError, TrackingConfig
+from vae_dist.run import RunFolder
+from vae_dist.tracking import read_rows, wandb_mode
+
+
+def offline_runs(run: Path) -> list[WandbRun]:
+    return [read_wandb(folder) for folder in sorted((run / "wandb").glob("offline-run-*"))]
+
+
+def logged(wandb: WandbRun, key: str) -> list[tuple[int, Any]]:
+    return [(row["_step"], row[key]) for row in wandb.history if key in row]
+
+
+def test_the_offline_run_holds_config_figures_and_summary(trained: Path) -> None:
+    (wandb,) = offline_runs(trained)
+    assert wandb.project == "vae_dist"
+    assert wandb.id == RunFolder(trained).wandb_id()
+    assert wandb.config["data"]["batch_size"] == 128
+    assert wandb.config["optimizer"]["lr"] == 1e-3
+    rows = read_rows(trained / "metrics.jsonl")
+    curve = [row for row in rows if row["split"] == "train" and row["step"] % 8]
+    epochs = [row for row in rows if row["split"] == "train" and not row["step"] % 8]
+    tests = [row for row in rows if row["split"] == "test"]
+    for group, expected in (("train", curve), ("train_epoch", epochs), ("test", tests)):
+        for figure in ("loss", "bce", "kld", "n"):
+            assert logged(wandb, f"{group}/{figure}") == [(row["step"], row[figure]) for row in expected]
+    for figure in ("lr", "grad_norm", "images_per_second"):
+        assert logged(wandb, f"train/{figure}") == [(row["step"], row[figure]) for row in curve]
+    assert wandb.summary["best_test_loss"] == min(row["loss"] for row in tests)
+
+
+def test_the_offline_run_holds_the_pictures(trained: Path) -> None:
+    (folder,) = (trained / "wandb").glob("offline-run-*")
+    wandb = read_wandb(folder)
+    for name in ("reconstruction", "sample"):
+        paths = logged(wandb, f"images/{name}.path") or [(s, v["path"]) for s, v in logged(wandb, f"images/{name}")]
+        assert [step for step, _ in paths] == [8, 16, 24]
+        for epoch, (_, path) in enumerate(paths, start=1):
+            assert (folder / "files" / path).read_bytes() == (trained / "images" / f"{name}_{epoch}.png").read_bytes()
+
+
+def test_a_resumed_run_keeps_its_id_and_its_steps_go_on(small_root: Path, tmp_path: Path) -> None:
+    options = ["--data.root", small_root, "--model.hidden", 40, "--tracking.log_every", 4, "--output", tmp_path / "run"]
+    for epochs in (1, 2):
+        done = launch("vae_dist.train", *options, "--trainer.epochs", epochs)
+        assert done.returncode == 0, done.stderr
+        assert "wandb sync" in done.stdout
+    first, second = offline_runs(tmp_path / "run")
+    assert first.id == second.id
+    assert [step for step, _ in logged(first, "test/loss") + logged(second, "test/loss")] == [8, 16]
+    assert [step for step, _ in logged(first, "train/loss") + logged(second, "train/loss")] == [4, 12]
+
+
+def test_a_wandb_that_fails_in_the_middle_is_said_once_and_training_goes_on(
+    small_root: Path, command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run object is finished behind the tracker's back, so every further call on it fails for real."""
+    import wandb
+
+    from vae_dist.tracking import RunTracker
+
+    log = RunTracker.log
+
+    def sabotaged(self: RunTracker, group: str, row: dict[str, Any], pictures: Any = None) -> None:
+        if row["step"] == 8 and wandb.run is not None:
+            wandb.run.finish()
+        log(self, group, row, pictures)
+
+    monkeypatch.setattr(RunTracker, "log", sabotaged)
+    options = ["--data.root", small_root, "--model.hidden", 40, "--trainer.epochs", 3, "--tracking.wandb", "offline"]
+    outcome = command("train", *options, "--output", tmp_path / "run")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("W&B failed") == 1
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "test"] == [8, 16, 24]
+
+
+def test_an_unreachable_server_is_given_up_soon_and_the_run_recorded_offline(small_root: Path, tmp_path: Path) -> None:
+    options = ["--data.root", small_root, "--model.hidden", 40, "--trainer.epochs", 1, "--output", tmp_path / "run"]
+    started = time.monotonic()
+    done = launch("vae_dist.train", *options, WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 75
+    assert done.stdout.count("going on offline") == 1
+    assert [wandb.summary["best_test_loss"] for wandb in offline_runs(tmp_path / "run")] == [
+        row["loss"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "test"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "mode"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
+        ("online", {"WANDB_API_KEY": "k"}, "online"),
+        ("disabled", {"WANDB_API_KEY": "k"}, "disabled"),
+    ],
+)
+def test_the_mode_is_decided_without_asking(
+    asked: Any, environment: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(Config(tracking=TrackingConfig(wandb=asked))) == mode
+
+
+def test_a_key_in_netrc_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password k\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(Config()) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://other.example")
+    assert wandb_mode(Config()) == "offline"
+    with pytest.raises(InputError, match="WANDB_API_KEY"):
+        wandb_mode(Config(tracking=TrackingConfig(wandb="online")))
+
+
+def test_half_a_row_at_the_end_is_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_rows(file) == [{"step": 1}]
+    assert read_rows(tmp_path / "none") == []

@@ -1,0 +1,69 @@
+"""Run in real processes by test_distributed: trains ten steps in several settings, and writes what rank zero saw."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tests.settings import SETTINGS
+from vae_dist.config import Config
+from vae_dist.data import glyphs
+from vae_dist.distributed import start
+from vae_dist.model import build_model
+from vae_dist.run import RunFolder
+from vae_dist.tracking import Row, Tracker
+from vae_dist.trainer import Trainer
+
+
+class Recorder(Tracker):
+    """Keeps the rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def log(self, group: str, row: Row, pictures: object = None) -> None:
+        self.rows.append(row)
+
+
+def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Path) -> dict[str, object]:
+    """The gradient of the first step, the loss and gradient norm of each step, and the test loss after the epoch."""
+    model = build_model(config.model, images.shape[1:], seed=0)
+    trainer = Trainer(config, accelerator, model, images, images[:37], RunFolder(folder))
+    trainer.tracker = recorder = Recorder()
+    gradients: list[list[float]] = []
+
+    def keep(*_: object) -> None:
+        if not gradients:
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).tolist())
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    assert trainer.fit()
+    train = [row for row in recorder.rows if row["split"] == "train"]
+    return {
+        "gradient": gradients[0],
+        "losses": [row["loss"] for row in train],
+        "counts": [row["n"] for row in train],
+        "norms": [row["grad_norm"] for row in train],
+        "test": recorder.rows[-1]["loss"] if recorder.rows else None,
+    }
+
+
+def main(out: Path) -> None:
+    accelerator = start()
+    torch.set_num_threads(1)
+    images, _ = glyphs.draw(0, 200)
+    seen = {}
+    for name, setting in SETTINGS.items():
+        config = replace(setting.config, output=str(out / name))
+        seen[name] = observe(config, images[: setting.images], accelerator, out / name)
+    if accelerator.is_main_process:
+        (out / f"{accelerator.num_processes}.json").write_text(json.dumps(seen))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
