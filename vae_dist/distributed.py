@@ -35,7 +35,8 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     _check_launch()
     if trainer and trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    on_cpu = not torch.cuda.is_available()  # without it, torchrun's processes would each take themselves for the only one
+    # Without GPUs Accelerate must be told, or torchrun's processes would each take themselves for the only one.
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     precision = trainer.precision if trainer else "fp32"
     if precision == "fp16" and on_cpu:
         raise InputError("--trainer.precision fp16: needs a GPU, and none is visible; take bf16 or fp32")
@@ -189,6 +190,9 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
         if is_spokesman():
             print(f"error: {_in_words(error)}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT
+    else:
+        if dist.is_initialized():
+            dist.barrier()  # nobody hangs up while others still speak
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -195,14 +195,18 @@ class Trainer:
         flag = self._sums.new_tensor([float(self.stop_requested)])
         *sums, stop = sum_over_ranks(self.accelerator, torch.cat([self._sums, flag]))
         self._sums.zero_()
-        if not all(map(math.isfinite, sums)):
-            raise Diverged(
-                f"the loss is not finite any more by step {self.progress.step}; the newest checkpoint is from before. "
-                "Try a lower --optimizer.lr, --optimizer.warmup_steps, or --optimizer.clip_norm"
-            )
+        self._require_finite(all(map(math.isfinite, sums)), "the training loss")
         self.progress.epoch_sums = self.progress.epoch_sums.plus(Sums(*sums))
         self.progress.window_sums = self.progress.window_sums.plus(Sums(*sums))
         return stop > 0
+
+    def _require_finite(self, is_finite: bool, what: str) -> None:
+        """Raises Diverged on all ranks, since all have the same figures and weights, before anything is saved."""
+        if not is_finite:
+            raise Diverged(
+                f"{what} is not finite any more by step {self.progress.step}; the newest checkpoint is from before. "
+                "Try a lower --optimizer.lr, --optimizer.warmup_steps, or --optimizer.clip_norm"
+            )
 
     def _row(self, split: str, epoch: int, sums: Sums) -> Row:
         done, rest = divmod(self.progress.step, self.partition.steps)
@@ -214,8 +218,9 @@ class Trainer:
         now = time.perf_counter()
         speed = self.progress.window_sums.images / (now - self._window_start)
         self._window_start = now
-        rate = self.optimizer.param_groups[0]["lr"]
-        return {"lr": rate, "grad_norm": float(self._gradient_norm), "images_per_second": round(speed, 1)}
+        norm, rate = float(self._gradient_norm), self.optimizer.param_groups[0]["lr"]
+        # With fp16 a step may overflow; the scaler skips it. JSON has no infinity.
+        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None, "images_per_second": round(speed, 1)}
 
     def _end_epoch(self, epoch: int, seconds: float, first: int) -> None:
         """The epoch's rows and pictures, and then the checkpoint that says that they are there."""
@@ -224,6 +229,7 @@ class Trainer:
         train |= {"images_per_second": round(images / seconds, 1), "train_seconds": round(seconds, 3)}
         started = time.perf_counter()
         sums = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator).sums
+        self._require_finite(math.isfinite(sums.bce + sums.kld), "the test loss")
         test = self._row("test", epoch, sums) | {"test_seconds": round(time.perf_counter() - started, 3)}
         on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test))
         self.progress.epoch_sums = self.progress.window_sums = Sums()
@@ -246,6 +252,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of this moment, then drops the oldest. Rank zero writes; all ranks hear of a failure."""
+        self._require_finite(all(bool(p.isfinite().all()) for p in self.model.parameters()), "a weight")
         on_first_rank(self.accelerator, self._save)
 
     def _save(self) -> None:
