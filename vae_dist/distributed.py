@@ -115,34 +115,45 @@ class ExactGradients(SummedGradients):
     """
 
     _COARSE, _FINE = 2.0**16, 2.0**48
+    _BLOCK = 1 << 15  # numbers added up at once: what a core's cache holds
 
     def __init__(self, accelerator: Accelerator, wrapped: nn.Module) -> None:
         super().__init__(accelerator, wrapped)
         self._parameters = list(wrapped.parameters())
+        self._chunks: list[list[Tensor]] = [[] for _ in self._parameters]  # gradients of each parameter, this step
         n = sum(p.numel() for p in self._parameters)
-        self._sums = torch.zeros(2, n, dtype=torch.float64, device=accelerator.device)
+        self._sums = torch.empty(2, n, dtype=torch.float64, device=accelerator.device)
 
     @contextlib.contextmanager
     def round(self, is_last: bool) -> Iterator[None]:
         with self._accelerator.no_sync(self._wrapped):
             yield
-        gradients = torch.cat([cast(Tensor, p.grad).flatten() for p in self._parameters]).mul_(self._COARSE)
-        coarse = gradients.trunc()
-        self._sums[0] += coarse
-        self._sums[1] += gradients.sub_(coarse).mul_(self._FINE).trunc_()
-        for parameter in self._parameters:
+        for parameter, chunks in zip(self._parameters, self._chunks, strict=True):
+            chunks.append(cast(Tensor, parameter.grad))
             parameter.grad = None
         if is_last:
             self._store_total()
 
     def _store_total(self) -> None:
-        sums: Tensor = self._accelerator.reduce(self._sums, "sum")
-        total = (sums[0] + sums[1] / self._FINE).div_(self._COARSE).float()
-        for parameter, gradient in zip(
-            self._parameters, torch.split(total, [p.numel() for p in self._parameters]), strict=True
-        ):
+        sizes = [p.numel() for p in self._parameters]
+        for sums, chunks in zip(torch.split(self._sums, sizes, dim=1), self._chunks, strict=True):
+            blocks = zip(*(torch.split(chunk.view(-1), self._BLOCK) for chunk in chunks), strict=True)
+            for target, gradients in zip(torch.split(sums, self._BLOCK, dim=1), blocks, strict=True):
+                self._add_up(target, gradients)
+            chunks.clear()
+        coarse, fine = self._accelerator.reduce(self._sums, "sum")
+        total = (fine / self._FINE).add_(coarse).div_(self._COARSE).float()
+        for parameter, gradient in zip(self._parameters, torch.split(total, sizes), strict=True):
             parameter.grad = gradient.view_as(parameter)
-        self._sums.zero_()
+
+    def _add_up(self, target: Tensor, gradients: tuple[Tensor, ...]) -> None:
+        """Writes the coarse and the fine integers' sums, float64 (2, n), of float32 gradients (n,)."""
+        target.zero_()
+        for gradient in gradients:
+            scaled = gradient.double().mul_(self._COARSE)
+            coarse = scaled.trunc()
+            target[0] += coarse
+            target[1] += scaled.sub_(coarse).mul_(self._FINE).trunc_()
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> list[float]:
