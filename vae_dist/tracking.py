@@ -27,7 +27,7 @@ class Tracker:
         """Records one row of figures, and picture files under their names. `group` heads their names in W&B."""
 
     def close(self) -> str:
-        """Ends the records; returns where the W&B run is, and what to do with it."""
+        """Ends the records; returns where the W&B run is: its address, or the folders of an offline one; empty for none."""
         return ""
 
 
@@ -62,9 +62,7 @@ class RunTracker(Tracker):
                 run.finish()
         if run is None:
             return ""
-        if not run.offline:
-            return str(run.url)
-        return f"{self._folder}, offline; upload it with: wandb sync {self._folder}/offline-run-*"
+        return f"{self._folder}/offline-run-*" if run.offline else str(run.url)
 
     def _start_wandb(self, run: RunFolder, config: Config, mode: str) -> None:
         if mode == "disabled":

@@ -5,6 +5,8 @@ accelerate launch --config_file launch/multi_gpu.yaml -m vae_dist.train --config
 """
 
 import contextlib
+import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -124,14 +126,16 @@ def run_to_end(trainer: Trainer, accelerator: Accelerator) -> int:
 def closing_words(trainer: Trainer, wandb: str) -> str:
     """Where everything lies, and how to look at it."""
     path = trainer.run.path
+    python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+    upload = f", offline; upload it with: {python} -m wandb sync {wandb}" if wandb.endswith("*") else ""
     lines = [
         f"finished: {trainer.epoch} epochs, {trainer.progress.step} steps; everything lies in {path}",
         f"  pictures     {path}/images",
         f"  figures      {path}/metrics.jsonl",
         f"  weights      {path}/model.safetensors, checkpoints in {path}/checkpoints",
-        f"  W&B          {wandb or 'no run'}",
-        f"  evaluate     python -m vae_dist.evaluate {path}",
-        f"  generate     python -m vae_dist.generate {path}",
+        f"  W&B          {wandb or 'no run'}{upload}",
+        f"  evaluate     {python} -m vae_dist.evaluate {path}",
+        f"  generate     {python} -m vae_dist.generate {path}",
     ]
     return "\n".join(lines)
 
