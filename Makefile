@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONFIG ?= configs/glyphs.yaml
 ARGS ?=
 # A run's folder is continued, never overwritten: each way to start has its own.
-MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))-$@
+MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
