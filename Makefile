@@ -31,8 +31,9 @@ setup: .venv/ready ## make the environment: .venv, with what requirements.lock p
 train: setup ## train on the embedded digits (no download), or on CONFIG, in one process
 	$(BIN)/python $(TRAIN) $(ARGS)
 
+train-mnist: CONFIG = configs/mnist.yaml
 train-mnist: setup ## train the seed's job: MNIST, 784-400-20, Adam 1e-3, batch 128, 10 epochs
-	$(BIN)/python -m vae_dist.train --config configs/mnist.yaml $(ARGS)
+	$(BIN)/python $(TRAIN) $(ARGS)
 
 train-multi-cpu: setup ## train in NUM_PROCESSES processes (2) on the CPU
 	CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file launch/multi_cpu.yaml \

@@ -157,8 +157,16 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(three: Path)
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [100]), (2, [10, 100]), (3, [5, 10, 100]), (9, [5, 10, 100])])
 def test_prune_keeps_the_newest(keep: int, left: list[int], three: Path) -> None:
-    prune(three, keep)
+    prune(three / "step_00000100", keep)
     assert [json.loads((path / "trainer.json").read_text())["step"] for path in checkpoint.list_checkpoints(three)] == left
+
+
+def test_prune_never_prefers_a_damaged_later_checkpoint_to_the_one_just_written(three: Path) -> None:
+    flip(three / "step_00000100" / "model.safetensors")
+    (three / ".step_00000007.unfinished").mkdir()
+    write(three / "step_00000012", example(12))
+    prune(three / "step_00000012", keep=1)
+    assert [path.name for path in three.iterdir()] == ["step_00000012"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04\x95", b"\xff" * 8 + b"{}", b"\x02" + b"\0" * 7 + b"{}"[:1]])

@@ -5,19 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
-from vae_dist.config import (
-    Config,
-    DataConfig,
-    InputError,
-    ModelConfig,
-    OptimizerConfig,
-    TrainerConfig,
-    differences,
-    from_mapping,
-    parse,
-    to_mapping,
-    to_yaml,
-)
+from vae_dist.config import Config, DataConfig, InputError, ModelConfig, OptimizerConfig, TrainerConfig
+from vae_dist.options import differences, from_mapping, parse, to_mapping, to_yaml
 
 RECIPES = sorted((ROOT / "configs").glob("**/*.yaml"))
 
@@ -86,7 +75,6 @@ def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> 
         (["--trainer.precision", "no"], ["--trainer.precision", "'fp32'"]),
         (["--checkpoint.keep", "0"], ["--checkpoint.keep 0"]),
         (["--tracking.log_every", "0"], ["--tracking.log_every 0"]),
-        (["--config"], ["--config"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -101,7 +89,15 @@ def test_wrong_options_are_named(options: list[str], told: list[str], capsys: py
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(None, "No such file"), ("a: [", "not YAML"), ("- 1", "must hold fields"), ("\0", "not YAML"), ("just words", "a str")],
+    [
+        (None, "No such file"),
+        ("a: [", "not YAML"),
+        ("- 1", "must hold fields"),
+        ("\0", "not YAML"),
+        ("just words", "must hold fields"),
+        ("seed: 1\nseed: 2", "more than once"),
+        ("help: true", "must hold fields"),
+    ],
 )
 def test_a_file_that_is_no_config_is_refused_by_name(content: str | None, told: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
@@ -109,6 +105,20 @@ def test_a_file_that_is_no_config_is_refused_by_name(content: str | None, told: 
         file.write_text(content)
     with pytest.raises(InputError, match=rf"mine\.yaml: .*{told}"):
         parse(["--config", str(file)])
+
+
+def test_config_names_one_file(tmp_path: Path) -> None:
+    for options in (["--config"], ["--config="], ["--config", "a.yaml", "--config", "b.yaml"]):
+        with pytest.raises(InputError, match="name one YAML file"):
+            parse(options)
+
+
+def test_text_fields_hold_any_text_and_empty_sections_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("output: none\ntracking: {project: --seed}\ndata:\n")
+    config = parse(["--config", str(file)])
+    assert (config.output, config.tracking.project, config.data) == ("none", "--seed", DataConfig())
+    assert parse(["--output", "none", "--tracking.project", "true"]).tracking.project == "true"
 
 
 def test_a_typo_in_a_file_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

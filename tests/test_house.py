@@ -12,6 +12,7 @@ from tests.helpers import ROOT
 
 ORDER = [
     "config",
+    "options",
     "noise",
     "data.glyphs",
     "data.idx",
@@ -28,6 +29,7 @@ ORDER = [
     "pictures",
     "tracking",
     "evaluate",
+    "state",
     "trainer",
     "train",
     "generate",

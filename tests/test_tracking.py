@@ -137,6 +137,7 @@ def test_a_key_in_netrc_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_half_a_row_at_the_end_is_no_row(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
-    assert read_rows(file) == [{"step": 1}]
+    row = {"split": "test", "epoch": 1, "step": 1, "loss": 2.0}
+    file.write_text(json.dumps(row) + "\n" + '{"split": "test", "ep')
+    assert read_rows(file) == [row]
     assert read_rows(tmp_path / "none") == []

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 import vae_dist
 from tests.conftest import Outcome
 from tests.helpers import ROOT, arguments, environment, write_idx_set
-from vae_dist.config import DataConfig, parse
+from vae_dist.config import DataConfig
 from vae_dist.data import as_images, glyphs, sources
 from vae_dist.noise import Stream, derive_key, normal
+from vae_dist.options import parse
 from vae_dist.run import RunFolder
 from vae_dist.tracking import read_rows
 
@@ -210,6 +211,9 @@ def test_a_run_may_go_on_from_a_checkpoint_of_another_folder(quick: list[object]
     outcome = command("train", *quick, "--output", tmp_path / "c", "--resume", source, "--seed", 5)
     refused(outcome, "seed: 0 there, 5 here")
     refused(command("train", *quick, "--output", tmp_path / "d", "--resume", tmp_path / "nowhere"), "nowhere")
+    again = command("train", *quick, "--output", tmp_path / "b", "--resume", source)
+    assert again.status == 0
+    assert "b has checkpoints of its own" in again.out
 
 
 def test_an_optimizer_with_accumulation_clipping_and_a_schedule_trains(
@@ -301,8 +305,22 @@ def test_what_cannot_be_loaded_is_refused(finished: Path, command: Command, tmp_
     (finished / "model.safetensors").write_bytes(b"\x80\x04\x95 a pickle")
     refused(command("evaluate", finished), "model.safetensors: not a readable safetensors file")
     refused(command("generate", finished), "model.safetensors: not a readable safetensors file")
-    (finished / "config.json").write_text('{"config": 3}')
-    refused(command("evaluate", finished), "config.json")
+    shutil.copy(finished / "checkpoints" / "step_00000008" / "model.safetensors", finished)
+    refused(command("evaluate", finished), "model.safetensors: damaged")
+    for description in ('{"config": 3}', "{}", "[]", "nothing", '{"image_shape": [0]}'):
+        (finished / "config.json").write_text(description)
+        refused(command("evaluate", finished), "config.json")
+    weights = finished / "checkpoints" / "step_00000008" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    refused(command("evaluate", weights.parent), "step_00000008/model.safetensors: its SHA-256")
+
+
+def test_images_of_another_shape_or_nowhere_are_refused(finished: Path, command: Command, tmp_path: Path) -> None:
+    images, labels = glyphs.draw(0, 20)
+    write_idx_set(tmp_path / "narrow", images[..., :20], labels, images[..., :20], labels)
+    for name in ("evaluate", "generate"):
+        refused(command(name, finished, "--data.root", tmp_path / "narrow"), "1x28x20 pixels, where 1x28x28")
+        refused(command(name, finished, "--data.root", tmp_path / "nowhere"), "--data.name glyphs")
 
 
 def test_data_that_changed_under_a_run_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:
@@ -314,7 +332,7 @@ def test_data_that_changed_under_a_run_is_refused(quick: list[object], command: 
     refused(command("train", *options, "--trainer.epochs", 3), "trained on 200 images, but there are 150")
     images, labels = glyphs.draw(200, 250)
     write_idx_set(root, *glyphs.draw(0, 200), images[..., :20], labels)
-    refused(command("train", *options, "--trainer.epochs", 3), "differ in shape: 1x28x28 and 1x28x20")
+    refused(command("train", *options, "--trainer.epochs", 3), "images of 1x28x20 pixels, where 1x28x28 are expected")
 
 
 def test_what_this_machine_lacks_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:
@@ -336,6 +354,19 @@ def test_a_diverging_run_fails_and_keeps_its_last_good_checkpoint(
     assert not (other / "checkpoints").exists()
     assert everything(tmp_path / "checkpoints") == before
     assert root.exists()
+
+
+def test_a_run_that_breaks_in_an_epochs_last_step_saves_nothing(quick: list[object], command: Command, tmp_path: Path) -> None:
+    outcome = command("train", *quick, "--output", tmp_path, "--data.batch_size", 1000, "--optimizer.lr", 1e30)
+    assert outcome.status == 1
+    assert "the test loss is not finite" in outcome.out
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_batch_larger_than_the_data_set_is_the_whole_set(quick: list[object], command: Command, tmp_path: Path) -> None:
+    for batch in (1000, 10**12):
+        assert command("train", *quick, "--data.batch_size", batch, "--output", tmp_path / str(batch)).status == 0
+    assert records(tmp_path / "1000") == records(tmp_path / str(10**12))
 
 
 def test_a_full_disk_ends_the_run_with_one_error_and_nothing_half_written(small_root: Path, tmp_path: Path) -> None:

@@ -107,10 +107,17 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints; called after a new one is on the disk."""
-    for folder in list_checkpoints(checkpoints)[:-keep]:
-        shutil.rmtree(folder)
+def prune(newest: Path, keep: int) -> None:
+    """Called with a checkpoint that was just written: removes all but the newest `keep` up to it.
+
+    Later ones go too: they were damaged, or the run would not have come by here again. So do folders left unfinished by a
+    kill.
+    """
+    found = list_checkpoints(newest.parent)
+    kept = found[: found.index(newest) + 1][-keep:]
+    for folder in [*newest.parent.glob(".step_*.unfinished"), *found]:
+        if folder not in kept:
+            shutil.rmtree(folder)
 
 
 def folder_of_step(checkpoints: Path, step: int) -> Path:

@@ -1,27 +1,10 @@
-"""What a run is: frozen dataclasses, filled from a YAML file and then the command line, and saved again.
+"""What a run is: frozen dataclasses.
 
 A field's docstring is its help text. Values are checked where the config is made; every error names the flag.
 """
 
-import argparse
-import json
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
-
-import tyro
-import yaml
-
-T = TypeVar("T")
-
-# Fields that may differ when a run folder is continued: they leave the meaning of the figures alone.
-FREE_FIELDS = frozenset(
-    ["output", "resume", "data.root", "trainer.epochs", "trainer.micro_batch_size", "checkpoint", "tracking"]
-)
-
+from dataclasses import dataclass, field
+from typing import Literal
 
 # Deterministic mode cuts every batch into so many shards: enough for a node of eight GPUs.
 DETERMINISTIC_SHARDS = 8
@@ -81,9 +64,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Adam's epsilon."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or falling to 0 at the last step of the last epoch."""
+    """Learning rate after warm-up: constant, or falling to 0 at the end of the last epoch."""
     warmup_steps: int = 0
-    """Steps over which the learning rate first rises linearly from 0."""
+    """Steps over which the learning rate first rises linearly to its peak."""
     clip_norm: float | None = None
     """Largest L2 norm of the gradient of the summed loss; larger ones are scaled down to it."""
 
@@ -164,123 +147,12 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "--seed", self.seed, "in 0 … 2^63 - 1")
-        micro, shard = self.trainer.micro_batch_size, self.deterministic_rows()
+        micro, shard = self.trainer.micro_batch_size, deterministic_rows(self.data.batch_size)
         if self.trainer.deterministic and micro is not None and micro < shard:
             wanted = f"at least {shard} in deterministic mode, which takes 1/{DETERMINISTIC_SHARDS} of the batch at once"
             _require(False, "--trainer.micro_batch_size", micro, wanted)
 
-    def deterministic_rows(self) -> int:
-        """Images of one shard of a batch in deterministic mode, at any number of processes."""
-        return -(-self.data.batch_size // DETERMINISTIC_SHARDS)
 
-
-def parse(args: Sequence[str]) -> Config:
-    """The run that a command line asks for. Options beat the file that `--config` names, the file beats the defaults.
-
-    Whatever is wrong is printed once and ends the process with status 2, through SystemExit.
-    """
-    file, options = _take_config_option(list(args))
-    config, name = Config(), None
-    if file is not None:
-        try:
-            config, name = command_line(Config, _PROG, list(_as_options(_read_yaml(file)))), file.stem
-        except SystemExit:
-            if is_spokesman():
-                print(f"(these options were read from {file})", file=sys.stderr)
-            raise
-    config = command_line(Config, _PROG, options, config, _DESCRIPTION)
-    return replace(config, output=config.output or f"runs/{name or config.data.name}")
-
-
-def command_line(kind: type[T], prog: str, args: Sequence[str], default: T | None = None, description: str = "") -> T:
-    """An instance of a dataclass from command-line options; wrong ones are printed and end the process with status 2."""
-    parsed = tyro.cli(
-        kind,
-        prog=f"python -m {prog}",
-        args=[_WORDS.get(arg, arg) for arg in args],
-        default=default,
-        description=description or None,
-        use_underscores=True,
-        console_outputs=is_spokesman(),
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    return cast(T, parsed)  # with a default that may be None, its type cannot be told
-
-
-def is_spokesman() -> bool:
-    """Whether this process prints errors that every process of its machine finds (before ranks can agree on anything)."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def from_mapping(values: Mapping[str, Any], source: object) -> Config:
-    """The Config that `to_mapping` turned into plain values. Raises InputError, naming `source`, where it is none."""
-    try:
-        return tyro.cli(Config, args=list(_as_options(values)), config=(tyro.conf.FlagConversionOff,), console_outputs=False)
-    except SystemExit:
-        raise InputError(f"{source}: not a config that vae_dist of this version can read") from None
-
-
-def to_mapping(config: Config) -> dict[str, Any]:
-    """Plain nested values, fit for YAML and JSON."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # tuples to lists
-    return values
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML: feeding it back gives the same Config."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False)
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """A line for each field that differs and gives the run another meaning, for example `seed: 0 there, 1 here`."""
-    before, after = _flatten(to_mapping(old)), _flatten(to_mapping(new))
-    free = FREE_FIELDS if new.optimizer.schedule == "constant" else FREE_FIELDS - {"trainer.epochs"}
-    changed = [name for name in after if before.get(name) != after[name]]
-    return [
-        f"{name}: {before.get(name)} there, {after[name]} here"
-        for name in changed
-        if name not in free and name.split(".")[0] not in free
-    ]
-
-
-_PROG = "vae_dist.train"
-_DESCRIPTION = """Train a variational autoencoder. --config FILE reads the options of a YAML recipe first;
-options given here beat it. To run on several processes: accelerate launch [launcher options] -m vae_dist.train ..."""
-_WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
-
-
-def _take_config_option(args: list[str]) -> tuple[Path | None, list[str]]:
-    """Splits `--config FILE` or `--config=FILE` off the other options."""
-    parser = argparse.ArgumentParser(prog=f"python -m {_PROG}", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    known, others = parser.parse_known_args(args)
-    return known.config, others
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {file}: {error.strerror or error}; name a YAML file, such as configs/mnist.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"--config {file}: must hold fields and values, such as `seed: 0`, not a {type(values).__name__}")
-    return values
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _as_options(values: Mapping[str, Any]) -> Iterator[str]:
-    """Nested values as the command-line options that mean the same."""
-    for name, value in _flatten(values).items():
-        yield f"--{name}"
-        yield from (str(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+def deterministic_rows(batch_size: int) -> int:
+    """Images of one shard of a batch in deterministic mode, at any number of processes."""
+    return -(-batch_size // DETERMINISTIC_SHARDS)

@@ -1,7 +1,9 @@
 """What several processes do together: start, sum gradients and figures exactly, and decide."""
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar, cast
@@ -13,13 +15,16 @@ from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, br
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vae_dist.config import InputError, TrainerConfig, is_spokesman
+from vae_dist.config import InputError, TrainerConfig
+from vae_dist.options import is_spokesman
 
 T = TypeVar("T")
 
 EXIT_DIVERGED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
+
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 _PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 # The loss is a sum over the global batch: torch's first scale of 65536 would overflow fp16 for dozens of steps.
@@ -33,11 +38,14 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     precision cannot be had.
     """
     _check_launch()
+    _follow_launcher()
     if trainer and trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     # Without GPUs Accelerate must be told, or torchrun's processes would each take themselves for the only one.
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     precision = trainer.precision if trainer else "fp32"
+    if precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported():
+        raise InputError("--trainer.precision bf16: this GPU has none; take fp16 or fp32")
     if precision == "fp16" and on_cpu:
         raise InputError("--trainer.precision fp16: needs a GPU, and none is visible; take bf16 or fp32")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -79,11 +87,19 @@ def _check_launch() -> None:
         )
 
 
+def _follow_launcher() -> None:
+    """Asks Linux for a SIGTERM when the launcher dies, which could not pass it on: no worker trains on as an orphan."""
+    if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The model on this rank's device, through DDP and autocast; its gradients are summed over ranks, not averaged."""
     wrapped: nn.Module = accelerator.prepare_model(model)
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.register_comm_hook(None, _sum_gradients)
+    elif accelerator.num_processes > 1:
+        raise InputError(f"Accelerate is configured for {type(wrapped).__name__}, but gradients are summed over DDP only")
     return wrapped
 
 
@@ -198,7 +214,7 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
     try:
         status = main()
     except (InputError, OSError) as error:
-        if is_spokesman():
+        if is_spokesman() or isinstance(error, OSError):  # other errors are those of all ranks
             print(f"error: {_in_words(error)}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT
     else:

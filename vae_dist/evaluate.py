@@ -6,6 +6,7 @@ python -m vae_dist.evaluate runs/mnist
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -17,14 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import command_line
+from vae_dist.config import DataConfig, InputError
 from vae_dist.data import as_images, sources
 from vae_dist.data.order import Partition
 from vae_dist.distributed import on_first_rank, run_entry_point, start, sum_over_ranks, together
 from vae_dist.model import VAE, Output, reparameterize
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, negative_elbo
-from vae_dist.run import RunFolder, load_model
+from vae_dist.options import command_line
+from vae_dist.run import RunFolder, is_checkpoint, load_model
 
 # Rows of every forward pass, whatever the number of ranks: an image's figure then never depends on who else evaluates.
 _ROWS = 500
@@ -65,7 +67,7 @@ def evaluate(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator, pr
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a run on the test images of its data set, print the figures, and write them to evaluation.json."""
+    """Evaluate a run, or one checkpoint, on the test images; print the figures and write a run's to evaluation.json."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run, or of one of its checkpoints."""
@@ -73,21 +75,36 @@ class Options:
     """Where the data set lies, if elsewhere than in training."""
 
 
+def load_pixels(config: DataConfig, accelerator: Accelerator, train: bool, shape: Sequence[int] | None = None) -> Tensor:
+    """The training or the test images, uint8 on each rank's device; downloaded, where missing, by one process at a time.
+
+    Raises the same InputError on all ranks where a rank cannot have them, or they are not of the shape that the others are.
+    """
+    on_first_rank(accelerator, lambda: sources.fetch_missing(config))
+    together(accelerator, lambda: sources.fetch_missing(config) if accelerator.is_local_main_process else None)
+    pixels = together(accelerator, lambda: sources.load(config, train)).pixels
+    if shape is not None and pixels.shape[1:] != torch.Size(shape):
+        sides = ("x".join(map(str, size)) for size in (pixels.shape[1:], shape))
+        raise InputError(f"--data.root {config.root}: images of {' pixels, where '.join(sides)} are expected")
+    return pixels.to(accelerator.device)
+
+
 def main(args: list[str] | None = None) -> int:
     options = command_line(Options, "vae_dist.evaluate", sys.argv[1:] if args is None else args)
     accelerator = start()
     model, config = together(accelerator, lambda: load_model(options.run))
     data = replace(config.data, root=options.root or config.data.root)
-    test = together(accelerator, lambda: sources.load(data, train=False))
-    result = evaluate(model.to(accelerator.device), test.pixels.to(accelerator.device), config.seed, accelerator, True)
+    pixels = load_pixels(data, accelerator, train=False, shape=model.image_shape)
+    result = evaluate(model.to(accelerator.device), pixels, config.seed, accelerator, progress=True)
     figures = result.sums.figures()
-    record = {"split": "test", "n": figures["n"], "elbo": -figures["loss"], **figures, "stderr": result.stderr}
-    on_first_rank(
-        accelerator,
-        lambda: write_atomically(RunFolder(options.run).evaluation, json.dumps(record, indent=2) + "\n"),
-    )
+    if not math.isfinite(figures["loss"]):
+        raise InputError(f"{options.run}: the loss of this model is not finite")
     parts = f"bce {figures['bce']:.4f} + kld {figures['kld']:.4f}"
     accelerator.print(f"test loss {figures['loss']:.4f} ± {result.stderr:.4f} nats ({parts}), n={figures['n']}")
+    if not is_checkpoint(options.run):  # those are sealed
+        record = {"split": "test", "elbo": -figures["loss"], **figures, "stderr": result.stderr}
+        content = json.dumps(record, indent=2, allow_nan=False) + "\n"
+        on_first_rank(accelerator, lambda: write_atomically(RunFolder(options.run).evaluation, content))
     return 0
 
 

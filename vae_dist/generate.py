@@ -12,12 +12,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from vae_dist.config import InputError, command_line
-from vae_dist.data import as_images, sources
-from vae_dist.distributed import run_entry_point
+from vae_dist.config import InputError
+from vae_dist.data import as_images
+from vae_dist.distributed import run_entry_point, start
+from vae_dist.evaluate import load_pixels
 from vae_dist.model import VAE
+from vae_dist.options import command_line
 from vae_dist.pictures import grid, reconstructions, samples, save_png
-from vae_dist.run import load_model
+from vae_dist.run import is_checkpoint, load_model
 
 _COLUMNS = 11  # of traversals and interpolations
 _REACH = 3.0  # of traversals, in standard deviations of the prior
@@ -50,9 +52,9 @@ def main(args: list[str] | None = None) -> int:
     options = command_line(Options, "vae_dist.generate", sys.argv[1:] if args is None else args)
     model, config = load_model(options.run)
     data = replace(config.data, root=options.root or config.data.root)
-    sources.fetch_missing(data)
-    images = as_images(sources.load(data, train=False).pixels[:_TEST_IMAGES])
-    out = options.out or options.run / "generated"
+    images = as_images(load_pixels(data, start(), train=False, shape=model.image_shape)[:_TEST_IMAGES]).cpu()
+    run = options.run.parent.parent if is_checkpoint(options.run) else options.run  # checkpoints are sealed
+    out = options.out or run / "generated"
     drawn = {
         "samples": samples(model, options.samples, options.seed),
         "reconstructions": reconstructions(model, images),

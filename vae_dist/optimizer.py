@@ -9,9 +9,9 @@ from vae_dist.config import InputError, OptimizerConfig
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam in one fused kernel for all parameters, or plain SGD."""
+    """Adam or plain SGD, in one fused kernel for all parameters."""
     if config.kind == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=config.lr)
+        return torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
     return torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

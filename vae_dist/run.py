@@ -1,6 +1,7 @@
 """A run's folder: claimed by one job at a time, never by another config, and telling how the run ended."""
 
 import fcntl
+import hashlib
 import json
 import secrets
 import time
@@ -13,8 +14,9 @@ import yaml
 from torch import Tensor
 
 from vae_dist import checkpoint
-from vae_dist.config import Config, InputError, differences, from_mapping, to_mapping, to_yaml
+from vae_dist.config import Config, InputError
 from vae_dist.model import VAE
+from vae_dist.options import from_mapping, require_same_run, to_mapping, to_yaml
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -40,18 +42,15 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--output {self.path}: is a file; name a folder")
-        holds_run = self._config.is_file()
-        if self.path.is_dir() and not holds_run and any(path.name != ".lock" for path in self.path.iterdir()):
+        if self.path.is_dir() and not self._config.is_file() and any(p.name[0] != "." for p in self.path.iterdir()):
             raise InputError(f"--output {self.path}: holds files but no run; name a new or empty folder")
-        if holds_run and config.resume == "never":
-            raise InputError(f"--output {self.path}: holds a run, and --resume never would overwrite it; name another folder")
-        if holds_run and (changes := differences(self.config(), config)):
-            raise InputError(
-                f"--output {self.path}: holds a run of another config ({'; '.join(changes)}). "
-                "Name another folder, or give the same options"
-            )
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        holds_run = self._config.is_file()
+        if holds_run and config.resume == "never":
+            raise InputError(f"--output {self.path}: holds a run, and --resume never would overwrite it; name another folder")
+        if holds_run:
+            require_same_run(self.config(), config, f"--output {self.path}")
 
     def _take_lock(self) -> None:
         """A lock that goes with the process, however it ends."""
@@ -96,8 +95,10 @@ class RunFolder:
 
     def save_model(self, config: Config, model: VAE) -> None:
         """Writes the final weights and their description: all that anybody needs to use the model."""
-        checkpoint.write_atomically(self.path / "config.json", json.dumps(describe(config, model.image_shape), indent=2) + "\n")
-        checkpoint.write_atomically(self.path / "model.safetensors", safetensors.torch.save(model.state_dict()))
+        weights = safetensors.torch.save(model.state_dict())
+        description = describe(config, model.image_shape) | {"sha256": hashlib.sha256(weights).hexdigest()}
+        checkpoint.write_atomically(self.path / "config.json", json.dumps(description, indent=2) + "\n")
+        checkpoint.write_atomically(self.path / "model.safetensors", weights)
 
     def wandb_id(self) -> str:
         """The id of this folder's W&B run, made up at its first use."""
@@ -116,24 +117,49 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
     """The model of a run, or of one checkpoint, in eval mode on the CPU, and its config.
 
     Of a run: the final weights, or its newest whole checkpoint while it is not finished. Raises InputError where there is
-    neither, or they cannot be read.
+    neither, or they are damaged.
     """
     run = RunFolder(path)
     folder = run.path
-    if not (folder / "model.safetensors").is_file() or (run.state() not in ("", "finished") and run.checkpoints.is_dir()):
+    is_final = (folder / "model.safetensors").is_file() and run.state() in ("", "finished")
+    if not is_final and run.checkpoints.is_dir():
         newest, _ = checkpoint.newest_whole(run.checkpoints)
-        if newest is None:
-            raise InputError(f"{folder}: no weights there: neither model.safetensors nor a checkpoint")
-        folder = newest
-    description = folder / "config.json"
+        folder = newest or folder
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder}: no weights there: neither model.safetensors nor a checkpoint")
     try:
-        values = json.loads(description.read_text())
-        config, shape = from_mapping(values["config"], description), [int(side) for side in values["image_shape"]]
+        description, tensors = _read_checkpoint(folder) if is_checkpoint(folder) else _read_final(folder)
+        config = from_mapping(description["config"], folder / "config.json")
+        channels, height, width = (int(side) for side in description["image_shape"])
+        model = VAE(config.model, (channels, height, width))
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{description}: cannot be read: {error}") from None
-    model = VAE(config.model, shape)
-    restore_weights(model, checkpoint.read_tensors(folder / "model.safetensors"), folder)
+        raise InputError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    restore_weights(model, tensors, folder)
     return model.eval(), config
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one checkpoint, rather than a run."""
+    return (folder / "trainer.json").is_file()
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        saved = checkpoint.read(folder)
+    except checkpoint.Damaged as error:
+        raise InputError(str(error)) from None
+    return saved.config, saved.model
+
+
+def _read_final(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    description = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    tensors = checkpoint.read_tensors(weights)
+    if description["sha256"] != hashlib.sha256(weights.read_bytes()).hexdigest():
+        raise InputError(f"{weights}: damaged: its SHA-256 is not the one in config.json")
+    return description, tensors
 
 
 def restore_weights(model: VAE, tensors: dict[str, Tensor], source: Path) -> None:

@@ -12,12 +12,14 @@ from urllib.parse import urlparse
 from accelerate import Accelerator
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import Config, InputError, to_mapping
+from vae_dist.config import Config, InputError
+from vae_dist.options import to_mapping
 from vae_dist.run import RunFolder
 
 Row = dict[str, Any]
 
 _WANDB_START_SECONDS = 20.0  # for a server to answer before the run goes on offline
+_WANDB_END_SECONDS = 60.0  # for it to take the last figures; what it did not take lies in the run's folder
 
 
 class Tracker:
@@ -25,6 +27,9 @@ class Tracker:
 
     def log(self, group: str, row: Row, pictures: Mapping[str, Path] | None = None) -> None:
         """Records one row of figures, and picture files under their names. `group` heads their names in W&B."""
+
+    def sync(self) -> None:
+        """Returns when the rows are on the disk."""
 
     def close(self) -> str:
         """Ends the records; returns where the W&B run is: its address, or the folders of an offline one; empty for none."""
@@ -54,6 +59,9 @@ class RunTracker(Tracker):
             if self._wandb is not None:
                 self._log_wandb(group, row, pictures or {})
 
+    def sync(self) -> None:
+        os.fsync(self._metrics.fileno())
+
     def close(self) -> str:
         self._metrics.close()
         run = self._wandb
@@ -77,7 +85,7 @@ class RunTracker(Tracker):
     def _init_wandb(self, run: RunFolder, config: Config, mode: str) -> None:
         import wandb  # costs a second: only where it is used
 
-        settings = wandb.Settings(silent=True, init_timeout=_WANDB_START_SECONDS)
+        settings = wandb.Settings(silent=True, init_timeout=_WANDB_START_SECONDS, finish_timeout=_WANDB_END_SECONDS)
         options = {
             "id": run.wandb_id(),
             "name": run.path.name,
@@ -134,11 +142,18 @@ def _netrc_has_key() -> bool:
 
 
 def read_rows(metrics: Path) -> list[Row]:
-    """The whole rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out. Raises InputError where another is no row."""
     if not metrics.is_file():
         return []
     rows = []
-    for line in metrics.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not {"split", "epoch", "step", "loss"} <= row.keys():
+                raise ValueError
+            rows.append(row)
+        except (ValueError, AttributeError):
+            if number < len(lines) or line.endswith(b"\n"):
+                raise InputError(f"{metrics}: line {number} is not a row of a run; mend or remove it") from None
     return rows

@@ -14,9 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from vae_dist import checkpoint
-from vae_dist.config import Config, DataConfig, InputError, differences, from_mapping, parse
-from vae_dist.data import sources
-from vae_dist.data.sources import Images
+from vae_dist.config import Config, InputError
 from vae_dist.distributed import (
     EXIT_DIVERGED,
     EXIT_INTERRUPTED,
@@ -26,7 +24,9 @@ from vae_dist.distributed import (
     start,
     together,
 )
+from vae_dist.evaluate import load_pixels
 from vae_dist.model import build_model
+from vae_dist.options import from_mapping, parse, require_same_run
 from vae_dist.run import RunFolder, State
 from vae_dist.tracking import RunTracker, Tracker, wandb_mode
 from vae_dist.trainer import Diverged, Trainer
@@ -36,14 +36,15 @@ def main(args: list[str] | None = None) -> int:
     config = parse(sys.argv[1:] if args is None else args)
     accelerator = start(config.trainer, config.data.batch_size)
     mode = from_first_rank(accelerator, lambda: wandb_mode(config))
-    train, test = load_data(config.data, accelerator)
+    train = load_pixels(config.data, accelerator, train=True)
+    test = load_pixels(config.data, accelerator, train=False, shape=train.shape[1:])
     run = RunFolder(config.output)
     try:
         on_first_rank(accelerator, lambda: run.claim(config))
-        model = build_model(config.model, train.pixels.shape[1:], config.seed)
-        trainer = Trainer(config, accelerator, model, train.pixels, test.pixels, run)
+        model = build_model(config.model, train.shape[1:], config.seed)
+        trainer = Trainer(config, accelerator, model, train, test, run)
         resume(trainer, accelerator)
-        if trainer.is_done() and run.state() == "finished":
+        if trainer.is_done() and from_first_rank(accelerator, run.state) == "finished":
             accelerator.print(f"{run.path} is finished. For more, raise --trainer.epochs, or name another --output")
             return 0
         on_first_rank(accelerator, lambda: run.save_config(config))
@@ -54,71 +55,57 @@ def main(args: list[str] | None = None) -> int:
         run.release()
 
 
-def load_data(config: DataConfig, accelerator: Accelerator) -> tuple[Images, Images]:
-    """The training and test images, on the device of every rank. One process of each machine downloads what is missing."""
-    together(accelerator, lambda: sources.fetch_missing(config) if accelerator.is_local_main_process else None)
-    train = together(accelerator, lambda: sources.load(config, train=True))
-    test = together(accelerator, lambda: sources.load(config, train=False))
-    if train.pixels.shape[1:] != test.pixels.shape[1:]:
-        shapes = " and ".join("x".join(map(str, images.pixels.shape[1:])) for images in (train, test))
-        raise InputError(f"--data.root {config.root}: training and test images differ in shape: {shapes}")
-    return train.to(accelerator.device), test.to(accelerator.device)
-
-
 def resume(trainer: Trainer, accelerator: Accelerator) -> None:
     """Goes on from the checkpoint that `--resume` means, if there is one."""
     source = from_first_rank(accelerator, lambda: find_checkpoint(trainer.config, trainer.run))
     if source is not None:
         together(accelerator, lambda: trainer.resume(source))
-        accelerator.print(f"going on from {source}, after {trainer.progress.step} of {trainer.total_steps} steps")
+        accelerator.print(f"going on from {source}: {trainer.epoch} epochs, {trainer.progress.step} steps")
 
 
 def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
     """The run's newest whole checkpoint, else the one `--resume` names, else None. Rank zero only: it says what is damaged."""
+    source = None
+    if config.resume not in ("auto", "never"):
+        source = Path(config.resume)
+        try:
+            saved = checkpoint.read(source)
+        except checkpoint.Damaged as error:
+            raise InputError(f"--resume {source}: not a whole checkpoint, such as {run.checkpoints}/step_…: {error}") from None
+        require_same_run(from_mapping(saved.config["config"], source), config, f"--resume {source}")
     newest, problems = checkpoint.newest_whole(run.checkpoints)
     for problem in problems:
         print(f"passing over a damaged checkpoint: {problem}", flush=True)
-    if newest is not None or config.resume in ("auto", "never"):
-        return newest
-    source = Path(config.resume)
-    try:
-        saved = checkpoint.read(source)
-    except checkpoint.Damaged as error:
-        raise InputError(f"--resume {source}: not a whole checkpoint: {error}") from None
-    if changes := differences(from_mapping(saved.config["config"], source), config):
-        raise InputError(f"--resume {source}: of a run of another config ({'; '.join(changes)}); give the same options")
-    return source
+    if newest and source:
+        print(f"passing over --resume {source}: {run.path} has checkpoints of its own", flush=True)
+    return newest or source
 
 
 def run_to_end(trainer: Trainer, accelerator: Accelerator) -> int:
     """Trains, saves the final weights, and leaves word in status.json whatever happens. The exit status."""
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(signum, trainer.request_stop)
-
-    def leave(state: State, reason: str) -> None:
-        if accelerator.is_main_process:
-            trainer.set_status(state, reason)
-
-    leave("running", "training")
     try:
+        on_first_rank(accelerator, lambda: trainer.set_status("running", "training"))
         completed = trainer.fit()
         if completed:
             trainer.save_final()
-    except Diverged as error:
-        leave("failed", str(error))
-        accelerator.print(f"error: {error}")
-        return EXIT_DIVERGED
+        state: State = "finished" if completed else "interrupted"
+        on_first_rank(accelerator, lambda: trainer.set_status(state, f"{trainer.epoch} epochs are done"))
     except BaseException as error:
-        with contextlib.suppress(OSError):  # a full disk may be why
-            leave("failed", f"{type(error).__name__}: {error}")
+        if accelerator.is_main_process:
+            with contextlib.suppress(OSError):  # a full disk may be why
+                reason = str(error) if isinstance(error, (Diverged, InputError)) else repr(error)
+                trainer.set_status("failed", reason)
+        if isinstance(error, Diverged):
+            accelerator.print(f"error: {error}")
+            return EXIT_DIVERGED
         raise
     finally:
         where = trainer.tracker.close()
     if not completed:
-        leave("interrupted", "asked to stop by a signal; a checkpoint is written, start the same command again to go on")
         accelerator.print("stopped as asked, after writing a checkpoint; start the same command again to go on")
         return EXIT_INTERRUPTED
-    leave("finished", f"{trainer.epoch} epochs")
     accelerator.print(closing_words(trainer, where))
     return 0
 

@@ -4,7 +4,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,8 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_dist import checkpoint, pictures
-from vae_dist.checkpoint import Checkpoint
-from vae_dist.config import Config, InputError
+from vae_dist.config import Config, InputError, deterministic_rows
 from vae_dist.data import as_images
 from vae_dist.data.order import Partition, epoch_order, even_rows
 from vae_dist.distributed import ExactGradients, SummedGradients, on_first_rank, sum_over_ranks, wrap
@@ -24,8 +22,9 @@ from vae_dist.evaluate import evaluate
 from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, negative_elbo
-from vae_dist.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from vae_dist.run import RunFolder, State, describe, restore_weights
+from vae_dist.optimizer import build_optimizer, learning_rate
+from vae_dist.run import RunFolder, State
+from vae_dist.state import Progress, pack, unpack
 from vae_dist.tracking import Row, Tracker
 
 # Noise is drawn for many steps at once, about so many numbers: per step it would cost three times as much.
@@ -36,19 +35,18 @@ class Diverged(RuntimeError):
     """The loss is no number any more. All ranks raise it at the same step."""
 
 
-@dataclass
-class Progress:
-    """All that a run must remember besides tensors: since randomness is derived, counters and sums."""
+class Stopwatch:
+    """Seconds since it was made."""
 
-    step: int = 0  # optimizer steps done
-    images: int = 0  # of the training set
-    epoch_sums: Sums = field(default_factory=Sums)  # of the epoch so far
-    window_sums: Sums = field(default_factory=Sums)  # since the last row of the training curve
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        known = {entry.name: values[entry.name] for entry in fields(cls)}
-        return cls(**known | {name: Sums(*known[name]) for name in ("epoch_sums", "window_sums")})
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self._start, 3)
+
+    def speed(self, images: float) -> float:
+        """Images per second."""
+        return round(images / max(time.perf_counter() - self._start, 1e-9), 1)
 
 
 class Trainer:
@@ -62,8 +60,9 @@ class Trainer:
         self.accelerator = accelerator
         self.run = run
         self.train_pixels, self.test_pixels = train, test
-        batch, ranks, deterministic = config.data.batch_size, accelerator.num_processes, config.trainer.deterministic
-        rows = config.deterministic_rows() if deterministic else even_rows(batch, ranks, config.trainer.micro_batch_size)
+        ranks, deterministic = accelerator.num_processes, config.trainer.deterministic
+        batch = min(config.data.batch_size, len(train))
+        rows = deterministic_rows(batch) if deterministic else even_rows(batch, ranks, config.trainer.micro_batch_size)
         self.partition = Partition(len(train), batch, ranks, rows)
         self.model = model.to(accelerator.device)
         self.wrapped = wrap(accelerator, self.model)
@@ -75,7 +74,7 @@ class Trainer:
         # Sums of this rank since the last reduce, on the device: bce, kld, images.
         self._sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self._gradient_norm = torch.zeros(())
-        self._window_start = time.perf_counter()
+        self._stopwatch, self._images_since_row = Stopwatch(), 0.0  # of this process's life: a resumed window is longer
 
     @property
     def total_steps(self) -> int:
@@ -105,8 +104,8 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> bool:
         """The rest of an epoch: steps, evaluation, pictures, a checkpoint. False if the run is to stop."""
         first = self.progress.step % self.partition.steps
-        started = time.perf_counter()
-        self._window_start = started
+        whole = Stopwatch()
+        self._stopwatch, self._images_since_row = Stopwatch(), 0.0
         bar = tqdm(
             desc=f"epoch {epoch}/{self.config.trainer.epochs}",
             total=self.partition.steps,
@@ -123,8 +122,9 @@ class Trainer:
                 if not is_last and self._log_and_save(epoch, bar):
                     return False
         stop = self._reduce_sums()
-        self._end_epoch(epoch, time.perf_counter() - started, first)
-        return not stop
+        images = self.progress.images - first * self.partition.batch_size
+        self._end_epoch(epoch, {"images_per_second": whole.speed(images), "train_seconds": whole.seconds()})
+        return self.is_done() or not stop
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each step of an epoch from `first` on: the images of this rank (rounds, rows), and their noise."""
@@ -155,10 +155,11 @@ class Trainer:
     def _forward_backward(self, indices: Tensor, noise: Tensor) -> None:
         """Adds the gradient of the summed loss of some images, and their sums; fillers weigh nothing."""
         images = as_images(self.train_pixels[indices.clamp(min=0)])
-        weights = (indices >= 0).to(torch.float32)
+        is_image = indices >= 0
         terms = negative_elbo(self.wrapped(images, noise), images, self.model.likelihood)
-        self.accelerator.backward((terms.loss * weights).sum())
-        self._sums += torch.stack([terms.bce.detach() @ weights, terms.kld.detach() @ weights, weights.sum()])
+        self.accelerator.backward(terms.loss.where(is_image, 0).sum())
+        columns = torch.stack([terms.bce.detach(), terms.kld.detach(), torch.ones_like(noise[:, 0])])
+        self._sums += columns.where(is_image, 0).sum(1)
 
     def _scale_and_clip(self) -> None:
         """Undoes fp16's loss scale, clips, and measures the gradient where a row will tell its norm."""
@@ -182,9 +183,11 @@ class Trainer:
             return False
         stop = self._reduce_sums()
         if row_due:
-            row = self._row("train", epoch, self.progress.window_sums) | self._step_figures()
+            speed = self._stopwatch.speed(self._images_since_row)
+            row = self._row("train", epoch, self.progress.window_sums) | self._step_figures() | {"images_per_second": speed}
             self.progress.window_sums = Sums()
-            self.tracker.log("train", row)
+            self._images_since_row, self._stopwatch = 0.0, Stopwatch()
+            on_first_rank(self.accelerator, lambda: self.tracker.log("train", row))
             bar.set_postfix_str(f"loss {row['loss']:.2f}", refresh=False)
         if save_due or stop:
             self.save()
@@ -198,39 +201,35 @@ class Trainer:
         self._require_finite(all(map(math.isfinite, sums)), "the training loss")
         self.progress.epoch_sums = self.progress.epoch_sums.plus(Sums(*sums))
         self.progress.window_sums = self.progress.window_sums.plus(Sums(*sums))
+        self._images_since_row += sums[-1]
         return stop > 0
 
     def _require_finite(self, is_finite: bool, what: str) -> None:
         """Raises Diverged on all ranks, since all have the same figures and weights, before anything is saved."""
         if not is_finite:
             raise Diverged(
-                f"{what} is not finite any more by step {self.progress.step}; the newest checkpoint is from before. "
+                f"{what} is not finite any more by step {self.progress.step}, and nothing was saved since it was. "
                 "Try a lower --optimizer.lr, --optimizer.warmup_steps, or --optimizer.clip_norm"
             )
 
     def _row(self, split: str, epoch: int, sums: Sums) -> Row:
         done, rest = divmod(self.progress.step, self.partition.steps)
-        seen = done * self.progress.images + rest * self.config.data.batch_size
+        seen = done * self.progress.images + rest * self.partition.batch_size
         return {"split": split, "epoch": epoch, "step": self.progress.step, "images_seen": seen} | sums.figures()
 
     def _step_figures(self) -> Row:
-        """Of the step just done, and the speed since the last time this was asked."""
-        now = time.perf_counter()
-        speed = self.progress.window_sums.images / (now - self._window_start)
-        self._window_start = now
+        """Of the step just done."""
         norm, rate = float(self._gradient_norm), self.optimizer.param_groups[0]["lr"]
         # With fp16 a step may overflow; the scaler skips it. JSON has no infinity.
-        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None, "images_per_second": round(speed, 1)}
+        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None}
 
-    def _end_epoch(self, epoch: int, seconds: float, first: int) -> None:
+    def _end_epoch(self, epoch: int, times: Row) -> None:
         """The epoch's rows and pictures, and then the checkpoint that says that they are there."""
-        train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures()
-        images = self.progress.images - first * self.config.data.batch_size
-        train |= {"images_per_second": round(images / seconds, 1), "train_seconds": round(seconds, 3)}
-        started = time.perf_counter()
+        train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | times
+        testing = Stopwatch()
         sums = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator).sums
         self._require_finite(math.isfinite(sums.bce + sums.kld), "the test loss")
-        test = self._row("test", epoch, sums) | {"test_seconds": round(time.perf_counter() - started, 3)}
+        test = self._row("test", epoch, sums) | {"test_seconds": testing.seconds()}
         on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test))
         self.progress.epoch_sums = self.progress.window_sums = Sums()
         self.save()
@@ -257,8 +256,10 @@ class Trainer:
 
     def _save(self) -> None:
         folder = checkpoint.folder_of_step(self.run.checkpoints, self.progress.step)
-        checkpoint.write(folder, self._state())
-        checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
+        self.tracker.sync()  # a checkpoint says that the rows before it are on the disk
+        scaler = self.accelerator.scaler
+        checkpoint.write(folder, pack(self.config, self.model, self.optimizer, scaler, self.progress))
+        checkpoint.prune(folder, self.config.checkpoint.keep)
         self.set_status("running", "training")
 
     def set_status(self, state: State, reason: str) -> None:
@@ -269,36 +270,16 @@ class Trainer:
         """Writes the weights and their description where anybody looks for them first."""
         on_first_rank(self.accelerator, lambda: self.run.save_model(self.config, self.model))
 
-    def _state(self) -> Checkpoint:
-        tensors = optimizer_tensors(self.optimizer, self.model)
-        if self.accelerator.scaler is not None:
-            state = self.accelerator.scaler.state_dict()
-            tensors |= {f"scaler.{name}": torch.tensor(float(state[name]), dtype=torch.float64) for name in _SCALER_STATE}
-        return Checkpoint(
-            config=describe(self.config, self.model.image_shape),
-            model=self.model.state_dict(),
-            trainer=tensors,
-            progress={"seed": self.config.seed, **asdict(self.progress)},
-        )
-
     def resume(self, folder: Path) -> None:
         """Goes on from a checkpoint. Raises InputError where it is damaged or of another model, or the data set changed."""
         try:
             saved = checkpoint.read(folder)
-            progress = Progress.from_json(saved.progress)
-        except (checkpoint.Damaged, KeyError, TypeError) as error:
-            raise InputError(f"--resume {folder}: damaged: {error}") from None
+        except checkpoint.Damaged as error:
+            raise InputError(f"{folder}: damaged: {error}") from None
+        progress = unpack(saved, folder, self.model, self.optimizer, self.accelerator.scaler)
         if progress.images != len(self.train_pixels):
             raise InputError(
-                f"--resume {folder}: trained on {progress.images} images, but there are {len(self.train_pixels)} in "
+                f"{folder}: trained on {progress.images} images, but there are {len(self.train_pixels)} in "
                 f"--data.root {self.config.data.root}"
             )
-        restore_weights(self.model, saved.model, folder)
-        load_optimizer_tensors(self.optimizer, self.model, saved.trainer)
-        if self.accelerator.scaler is not None:
-            state = self.accelerator.scaler.state_dict()
-            self.accelerator.scaler.load_state_dict(state | {n: float(saved.trainer[f"scaler.{n}"]) for n in _SCALER_STATE})
         self.progress = progress
-
-
-_SCALER_STATE = ("scale", "_growth_tracker")

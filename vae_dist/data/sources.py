@@ -1,5 +1,6 @@
 """The data sets by name: found under a folder, downloaded where they are missing, and read once into uint8 tensors."""
 
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from vae_dist.config import DataConfig, InputError
 from vae_dist.data import glyphs
 from vae_dist.data.idx import read_idx
 
+_STALL_SECONDS = 60.0  # without a byte from a server that answered
 _PROBE_SECONDS = 6.0  # for a first answer of the servers; a missing network must not cost more
 
 
@@ -21,9 +23,6 @@ class Images(NamedTuple):
 
     pixels: Tensor  # uint8 (n, channels, height, width)
     labels: Tensor  # int64 (n,)
-
-    def to(self, device: torch.device) -> "Images":
-        return Images(self.pixels.to(device), self.labels.to(device))
 
 
 class _IdxSet(NamedTuple):
@@ -70,6 +69,7 @@ def fetch_missing(config: DataConfig) -> None:
         if not _any_answers(urls):
             raise ConnectionError("no server answers; is there a network?")
         root.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(_STALL_SECONDS)  # torchvision sets none
         kind(str(root), download=True, **({"split": "digits"} if config.name == "emnist" else {"train": True}))
     except (OSError, RuntimeError) as error:
         raise InputError(

@@ -1,0 +1,60 @@
+"""What a run must remember: packed into a checkpoint, and taken out again."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vae_dist.checkpoint import Checkpoint
+from vae_dist.config import Config, InputError
+from vae_dist.model import VAE
+from vae_dist.objective import Sums
+from vae_dist.optimizer import load_optimizer_tensors, optimizer_tensors
+from vae_dist.run import describe, restore_weights
+
+Scaler = torch.amp.GradScaler | None
+
+_SCALER_STATE = ("scale", "_growth_tracker")
+
+
+@dataclass
+class Progress:
+    """All that a run must remember besides tensors: since randomness is derived, counters and sums."""
+
+    step: int = 0  # optimizer steps done
+    images: int = 0  # of the training set
+    epoch_sums: Sums = field(default_factory=Sums)  # of the epoch so far
+    window_sums: Sums = field(default_factory=Sums)  # since the last row of the training curve
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        known = {entry.name: values[entry.name] for entry in fields(cls)}
+        return cls(**known | {name: Sums(*known[name]) for name in ("epoch_sums", "window_sums")})
+
+
+def pack(config: Config, model: VAE, optimizer: torch.optim.Optimizer, scaler: Scaler, progress: Progress) -> Checkpoint:
+    """The state of a run at this moment."""
+    tensors = optimizer_tensors(optimizer, model)
+    if scaler is not None:
+        state = scaler.state_dict()
+        tensors |= {f"scaler.{name}": torch.tensor(float(state[name]), dtype=torch.float64) for name in _SCALER_STATE}
+    return Checkpoint(
+        config=describe(config, model.image_shape),
+        model=model.state_dict(),
+        trainer=tensors,
+        progress={"seed": config.seed, **asdict(progress)},
+    )
+
+
+def unpack(saved: Checkpoint, source: Path, model: VAE, optimizer: torch.optim.Optimizer, scaler: Scaler) -> Progress:
+    """Puts a packed state back. Raises InputError where it is of another model or lacks something."""
+    restore_weights(model, saved.model, source)
+    load_optimizer_tensors(optimizer, model, saved.trainer)
+    try:
+        if scaler is not None:
+            restored = {name: float(saved.trainer[f"scaler.{name}"]) for name in _SCALER_STATE}
+            scaler.load_state_dict(scaler.state_dict() | restored)
+        return Progress.from_json(saved.progress)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{source}: not a checkpoint of this version: {error}") from None
