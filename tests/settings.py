@@ -37,5 +37,7 @@ SETTINGS = {
     "fewer images than processes": _setting(22, 2, _SGD),
     "one image a step": _setting(10, 1, _ADAM),
     "one step": _setting(3, 50, _SGD),
-    "deterministic": _setting(191, 19, _ADAM, deterministic=True),
+    "deterministic": _setting(191, 19, _ADAM, deterministic=True),  # seven shards
+    "deterministic, clipped": _setting(200, 20, _CLIPPED, deterministic=True),
+    "deterministic, one image a step": _setting(10, 1, _ADAM, deterministic=True),
 }

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar, cast
+from itertools import pairwise
+from typing import NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -122,54 +123,97 @@ class SummedGradients:
             yield
 
 
-class ExactGradients(SummedGradients):
-    """The gradient of a batch in deterministic mode: exact sums of the chunks' gradients, rounded once.
+class OrderedGradients(SummedGradients):
+    """The gradient of a batch in deterministic mode: the shards' gradients, added in one order at any number of processes.
 
-    A float32 gradient is split into two integers, in units of 2^-16 and 2^-64, which float64 adds without rounding. Such sums
-    are the same in any order: they do not depend on which rank took which chunk, nor on how the ranks' sums are reduced.
-    Exact for gradients below 2^32 in size, but for what lies below 2^-64.
+    The order is a binary tree over the shards. A rank adds up the whole subtrees that lie in its part, all ranks gather those
+    of all, and each adds the rest of the tree for itself.
     """
 
-    _COARSE, _FINE = 2.0**16, 2.0**48
-    _BLOCK = 1 << 15  # numbers added up at once: what a core's cache holds
-
-    def __init__(self, accelerator: Accelerator, wrapped: nn.Module) -> None:
+    def __init__(self, accelerator: Accelerator, wrapped: nn.Module, shards: int, rounds: int) -> None:
+        """A batch has `shards`; each rank takes `rounds` of them in a step, the last ranks fewer."""
         super().__init__(accelerator, wrapped)
         self._parameters = list(wrapped.parameters())
-        self._chunks: list[list[Tensor]] = [[] for _ in self._parameters]  # gradients of each parameter, this step
-        n = sum(p.numel() for p in self._parameters)
-        self._sums = torch.empty(2, n, dtype=torch.float64, device=accelerator.device)
+        ends = [min(rank * rounds, shards) for rank in range(accelerator.num_processes + 1)]
+        self._shards = [range(first, last) for first, last in pairwise(ends)]  # of each rank
+        self._round = 0
+        self._tree = _Tree()
 
     @contextlib.contextmanager
     def round(self, is_last: bool) -> Iterator[None]:
         with self._accelerator.no_sync(self._wrapped):
             yield
-        for parameter, chunks in zip(self._parameters, self._chunks, strict=True):
-            chunks.append(cast(Tensor, parameter.grad))
+        mine = self._shards[self._accelerator.process_index]
+        if self._round < len(mine):
+            self._tree.add(_Node(0, mine[self._round], [cast(Tensor, p.grad) for p in self._parameters]))
+        self._round += 1
+        for parameter in self._parameters:
             parameter.grad = None
         if is_last:
             self._store_total()
 
     def _store_total(self) -> None:
-        sizes = [p.numel() for p in self._parameters]
-        for sums, chunks in zip(torch.split(self._sums, sizes, dim=1), self._chunks, strict=True):
-            blocks = zip(*(torch.split(chunk.view(-1), self._BLOCK) for chunk in chunks), strict=True)
-            for target, gradients in zip(torch.split(sums, self._BLOCK, dim=1), blocks, strict=True):
-                self._add_up(target, gradients)
-            chunks.clear()
-        coarse, fine = self._accelerator.reduce(self._sums, "sum")
-        total = (fine / self._FINE).add_(coarse).div_(self._COARSE).float()
-        for parameter, gradient in zip(self._parameters, torch.split(total, sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        tree = self._tree if self._accelerator.num_processes == 1 else self._gathered()
+        for parameter, gradient in zip(self._parameters, tree.total(), strict=True):
+            parameter.grad = gradient
+        self._round, self._tree = 0, _Tree()
 
-    def _add_up(self, target: Tensor, gradients: tuple[Tensor, ...]) -> None:
-        """Writes the coarse and the fine integers' sums, float64 (2, n), of float32 gradients (n,)."""
-        target.zero_()
-        for gradient in gradients:
-            scaled = gradient.double().mul_(self._COARSE)
-            coarse = scaled.trunc()
-            target[0] += coarse
-            target[1] += scaled.sub_(coarse).mul_(self._FINE).trunc_()
+    def _gathered(self) -> "_Tree":
+        """The whole tree, from the subtrees of all ranks. Every rank sends as many tensors as the one that has most."""
+        places = [[(node.level, node.place) for node in _subtrees(shards)] for shards in self._shards]
+        sizes = [p.numel() for p in self._parameters]
+        sent = torch.zeros(max(map(len, places)), sum(sizes), device=self._accelerator.device)
+        for row, node in zip(sent, self._tree.nodes, strict=False):
+            torch.cat([gradient.flatten() for gradient in node.gradients], out=row)
+        received: Tensor = self._accelerator.gather(sent).view(len(places), *sent.shape)
+        tree = _Tree()
+        for rows, of_rank in zip(received, places, strict=True):
+            for row, (level, place) in zip(rows, of_rank, strict=False):
+                parts = zip(torch.split(row, sizes), self._parameters, strict=True)
+                tree.add(_Node(level, place, [part.view_as(parameter) for part, parameter in parts]))
+        return tree
+
+
+class _Node(NamedTuple):
+    """The sum over shards place * 2^level … (place + 1) * 2^level - 1."""
+
+    level: int
+    place: int
+    gradients: list[Tensor]  # of each parameter
+
+
+class _Tree:
+    """The largest subtrees that can be made of the nodes added so far, which come from left to right."""
+
+    def __init__(self) -> None:
+        self.nodes: list[_Node] = []
+
+    def add(self, node: _Node) -> None:
+        """Adds a node, and joins neighbours as long as they are the two halves of a subtree. Changes the tensors."""
+        while node.place % 2 == 1 and self.nodes and self.nodes[-1][:2] == (node.level, node.place - 1):
+            node = _Node(node.level + 1, node.place // 2, _added(self.nodes.pop(), node))
+        self.nodes.append(node)
+
+    def total(self) -> list[Tensor]:
+        """The sum over all shards, once they are all there: more than one node is left unless they are a power of two."""
+        while len(self.nodes) > 1:
+            right = self.nodes.pop()
+            self.nodes[-1] = self.nodes[-1]._replace(gradients=_added(self.nodes[-1], right))
+        return self.nodes[0].gradients
+
+
+def _added(left: _Node, right: _Node) -> list[Tensor]:
+    for total, gradient in zip(left.gradients, right.gradients, strict=True):
+        total.add_(gradient)
+    return left.gradients
+
+
+def _subtrees(shards: range) -> list[_Node]:
+    """Where the subtrees lie that a rank with these shards ends up with."""
+    tree = _Tree()
+    for index in shards:
+        tree.add(_Node(0, index, []))
+    return tree.nodes
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> list[float]:

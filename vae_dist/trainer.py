@@ -17,7 +17,7 @@ from vae_dist import checkpoint, pictures
 from vae_dist.config import Config, InputError, deterministic_rows
 from vae_dist.data import as_images
 from vae_dist.data.order import Partition, epoch_order, even_rows
-from vae_dist.distributed import ExactGradients, SummedGradients, on_first_rank, sum_over_ranks, wrap
+from vae_dist.distributed import OrderedGradients, SummedGradients, on_first_rank, sum_over_ranks, wrap
 from vae_dist.evaluate import evaluate
 from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, normal
@@ -66,7 +66,9 @@ class Trainer:
         self.partition = Partition(len(train), batch, ranks, rows)
         self.model = model.to(accelerator.device)
         self.wrapped = wrap(accelerator, self.model)
-        self.gradients = (ExactGradients if deterministic else SummedGradients)(accelerator, self.wrapped)
+        self.gradients = SummedGradients(accelerator, self.wrapped)
+        if deterministic:
+            self.gradients = OrderedGradients(accelerator, self.wrapped, -(-batch // rows), self.partition.rounds)
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
