@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test: setup ## run the tests
 
 test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_DATA=DIR must have MNIST/raw)
 	$(BIN)/python -m pytest -m slow tests/test_mnist.py -o addopts="--strict-markers --strict-config"
+
+test-crash: setup ## kill a run at 70 random moments and compare it with one left in peace (slow)
+	$(BIN)/python -m pytest -m slow tests/test_crash.py -o addopts="--strict-markers --strict-config"
 
 check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .

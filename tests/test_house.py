@@ -24,6 +24,7 @@ ORDER = [
     "objective",
     "optimizer",
     "distributed",
+    "gradients",
     "checkpoint",
     "run",
     "pictures",

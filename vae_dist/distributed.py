@@ -1,20 +1,17 @@
-"""What several processes do together: start, sum gradients and figures exactly, and decide."""
+"""What several processes do together: start, sum figures, decide, fail and end."""
 
-import contextlib
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
-from typing import NamedTuple, NoReturn, TypeVar, cast
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, broadcast_object_list, gather_object
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from vae_dist.config import InputError, TrainerConfig
 from vae_dist.options import is_spokesman
@@ -92,128 +89,6 @@ def _follow_launcher() -> None:
     """Asks Linux for a SIGTERM when the launcher dies, which could not pass it on: no worker trains on as an orphan."""
     if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model on this rank's device, through DDP and autocast; its gradients are summed over ranks, not averaged."""
-    wrapped: nn.Module = accelerator.prepare_model(model)
-    if isinstance(wrapped, DistributedDataParallel):
-        wrapped.register_comm_hook(None, _sum_gradients)
-    elif accelerator.num_processes > 1:
-        raise InputError(f"Accelerate is configured for {type(wrapped).__name__}, but gradients are summed over DDP only")
-    return wrapped
-
-
-def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]  # torch's stubs lack it
-    """DDP's communication hook. The objective is a sum over the global batch, so its gradient is the sum of the ranks'."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
-
-
-class SummedGradients:
-    """The gradient of a batch in the default mode: rounds add up in .grad, and DDP sums the ranks' in the last one."""
-
-    def __init__(self, accelerator: Accelerator, wrapped: nn.Module) -> None:
-        self._accelerator, self._wrapped = accelerator, wrapped
-
-    @contextlib.contextmanager
-    def round(self, is_last: bool) -> Iterator[None]:
-        """Around the forward and backward of one chunk of this rank's part."""
-        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._wrapped):
-            yield
-
-
-class OrderedGradients(SummedGradients):
-    """The gradient of a batch in deterministic mode: the shards' gradients, added in one order at any number of processes.
-
-    The order is a binary tree over the shards. A rank adds up the whole subtrees that lie in its part, all ranks gather those
-    of all, and each adds the rest of the tree for itself.
-    """
-
-    def __init__(self, accelerator: Accelerator, wrapped: nn.Module, shards: int, rounds: int) -> None:
-        """A batch has `shards`; each rank takes `rounds` of them in a step, the last ranks fewer."""
-        super().__init__(accelerator, wrapped)
-        self._parameters = list(wrapped.parameters())
-        ends = [min(rank * rounds, shards) for rank in range(accelerator.num_processes + 1)]
-        self._shards = [range(first, last) for first, last in pairwise(ends)]  # of each rank
-        self._round = 0
-        self._tree = _Tree()
-
-    @contextlib.contextmanager
-    def round(self, is_last: bool) -> Iterator[None]:
-        with self._accelerator.no_sync(self._wrapped):
-            yield
-        mine = self._shards[self._accelerator.process_index]
-        if self._round < len(mine):
-            self._tree.add(_Node(0, mine[self._round], [cast(Tensor, p.grad) for p in self._parameters]))
-        self._round += 1
-        for parameter in self._parameters:
-            parameter.grad = None
-        if is_last:
-            self._store_total()
-
-    def _store_total(self) -> None:
-        tree = self._tree if self._accelerator.num_processes == 1 else self._gathered()
-        for parameter, gradient in zip(self._parameters, tree.total(), strict=True):
-            parameter.grad = gradient
-        self._round, self._tree = 0, _Tree()
-
-    def _gathered(self) -> "_Tree":
-        """The whole tree, from the subtrees of all ranks. Every rank sends as many tensors as the one that has most."""
-        places = [[(node.level, node.place) for node in _subtrees(shards)] for shards in self._shards]
-        sizes = [p.numel() for p in self._parameters]
-        sent = torch.zeros(max(map(len, places)), sum(sizes), device=self._accelerator.device)
-        for row, node in zip(sent, self._tree.nodes, strict=False):
-            torch.cat([gradient.flatten() for gradient in node.gradients], out=row)
-        received: Tensor = self._accelerator.gather(sent).view(len(places), *sent.shape)
-        tree = _Tree()
-        for rows, of_rank in zip(received, places, strict=True):
-            for row, (level, place) in zip(rows, of_rank, strict=False):
-                parts = zip(torch.split(row, sizes), self._parameters, strict=True)
-                tree.add(_Node(level, place, [part.view_as(parameter) for part, parameter in parts]))
-        return tree
-
-
-class _Node(NamedTuple):
-    """The sum over shards place * 2^level … (place + 1) * 2^level - 1."""
-
-    level: int
-    place: int
-    gradients: list[Tensor]  # of each parameter
-
-
-class _Tree:
-    """The largest subtrees that can be made of the nodes added so far, which come from left to right."""
-
-    def __init__(self) -> None:
-        self.nodes: list[_Node] = []
-
-    def add(self, node: _Node) -> None:
-        """Adds a node, and joins neighbours as long as they are the two halves of a subtree. Changes the tensors."""
-        while node.place % 2 == 1 and self.nodes and self.nodes[-1][:2] == (node.level, node.place - 1):
-            node = _Node(node.level + 1, node.place // 2, _added(self.nodes.pop(), node))
-        self.nodes.append(node)
-
-    def total(self) -> list[Tensor]:
-        """The sum over all shards, once they are all there: more than one node is left unless they are a power of two."""
-        while len(self.nodes) > 1:
-            right = self.nodes.pop()
-            self.nodes[-1] = self.nodes[-1]._replace(gradients=_added(self.nodes[-1], right))
-        return self.nodes[0].gradients
-
-
-def _added(left: _Node, right: _Node) -> list[Tensor]:
-    for total, gradient in zip(left.gradients, right.gradients, strict=True):
-        total.add_(gradient)
-    return left.gradients
-
-
-def _subtrees(shards: range) -> list[_Node]:
-    """Where the subtrees lie that a rank with these shards ends up with."""
-    tree = _Tree()
-    for index in shards:
-        tree.add(_Node(0, index, []))
-    return tree.nodes
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> list[float]:

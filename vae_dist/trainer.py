@@ -17,8 +17,9 @@ from vae_dist import checkpoint, pictures
 from vae_dist.config import Config, InputError, deterministic_rows
 from vae_dist.data import as_images
 from vae_dist.data.order import Partition, epoch_order, even_rows
-from vae_dist.distributed import OrderedGradients, SummedGradients, on_first_rank, sum_over_ranks, wrap
+from vae_dist.distributed import on_first_rank, sum_over_ranks
 from vae_dist.evaluate import evaluate
+from vae_dist.gradients import OrderedGradients, SummedGradients, wrap
 from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, negative_elbo
