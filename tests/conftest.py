@@ -4,24 +4,15 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from tests.helpers import launch, write_idx_set
+from tests.helpers import Outcome, launch, write_idx_set
 from vae_dist import evaluate, generate, train
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
-
-
-class Outcome(NamedTuple):
-    """How a command ended and what it printed."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +65,15 @@ def trained(small_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = launch("vae_dist.train", *options, "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def quick(small_root: Path) -> list[object]:
+    """Options of a small run: 8 steps an epoch, 2 epochs, no W&B."""
+    return ["--data.root", small_root, "--trainer.epochs", 2, "--model.hidden", 40, "--tracking.wandb", "disabled"]
+
+
+@pytest.fixture
+def finished(quick: list[object], command: Callable[..., Outcome], tmp_path: Path) -> Path:
+    assert command("train", *quick, "--output", tmp_path / "run").status == 0
+    return tmp_path / "run"

@@ -5,10 +5,53 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, sigmoid
+
+from vae_dist.tracking import read_rows
 
 ROOT = Path(__file__).parent.parent
+
+TIMES = {"images_per_second", "train_seconds", "test_seconds"}  # all that may differ between two runs of a config
+
+
+class Outcome(NamedTuple):
+    """How a command ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def refused(outcome: Outcome, *told: str) -> None:
+    """Bad input: one readable error, status 2."""
+    assert outcome.status == 2
+    assert outcome.err.count("error: ") == 1
+    assert "Traceback" not in outcome.err
+    for words in told:
+        assert words in outcome.err
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(run / "metrics.jsonl")]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def reference_terms(run: Path, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """BCE and KL of each image in float64, from the saved weights and nothing of this package."""
+    w = {name: tensor.double() for name, tensor in load_file(run / "model.safetensors").items()}
+    hidden = (images @ w["encoder.1.weight"].T + w["encoder.1.bias"]).clamp(min=0)
+    mean, logvar = (hidden @ w["encoder.3.weight"].T + w["encoder.3.bias"]).split(20, dim=1)
+    latents = mean + (logvar / 2).exp() * noise
+    hidden = (latents @ w["decoder.0.weight"].T + w["decoder.0.bias"]).clamp(min=0)
+    p = sigmoid(hidden @ w["decoder.2.weight"].T + w["decoder.2.bias"])
+    bce = -(images * p.log() + (1 - images) * (1 - p).log()).sum(1)
+    return bce, -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(1)
 
 
 def idx_bytes(array: Tensor) -> bytes:
@@ -62,4 +105,16 @@ def launch(module: str, *args: object, processes: int = 1, **changes: str) -> "s
         text=True,
         timeout=180,
         check=False,
+    )
+
+
+def begin(module: str, *args: object, processes: int = 1) -> "subprocess.Popen[str]":
+    """Starts a module in real processes and returns at once; what they print comes as one text."""
+    return subprocess.Popen(
+        arguments(module, *args, processes=processes),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, arguments, environment, launch
-from tests.test_training import records
+from tests.helpers import ROOT, arguments, environment, launch, records
 
 # Small steps and many files, so that a kill meets steps, evaluations, pictures and half-written checkpoints alike.
 BUSY = ["--model.hidden", 40, "--trainer.epochs", 30, "--checkpoint.every_steps", 2, "--tracking.log_every", 3]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +14,8 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import ROOT, arguments, environment, launch
+from tests.helpers import ROOT, begin, environment, launch, records
 from tests.settings import SETTINGS
-from tests.test_training import records
 from vae_dist.tracking import read_rows
 
 Seen = dict[str, dict[str, Any]]
@@ -159,27 +159,40 @@ def test_an_error_on_several_ranks_is_printed_once(options: list[object], tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["somebody's"]
 
 
-def test_a_signal_to_one_rank_stops_all_and_the_folder_says_so(options: list[object], tmp_path: Path) -> None:
-    options = [*options, "--output", tmp_path / "run", "--tracking.log_every", 1, "--trainer.epochs", 1000]
-    process = subprocess.Popen(
-        arguments("vae_dist.train", *options, processes=2),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def begin_endless(options: list[object], run: Path) -> tuple["subprocess.Popen[str]", list[int]]:
+    """A run on two processes that has begun to train, and the ids of its workers."""
+    more = ["--output", run, "--tracking.log_every", 1, "--trainer.epochs", 10_000]
+    launcher = begin("vae_dist.train", *options, *more, processes=2)
     deadline = time.monotonic() + 60
-    while not read_rows(tmp_path / "run" / "metrics.jsonl") and time.monotonic() < deadline:
+    while not read_rows(run / "metrics.jsonl") and time.monotonic() < deadline:
         time.sleep(0.05)
-    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return launcher, [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+def state(run: Path) -> str:
+    return str(json.loads((run / "status.json").read_text())["state"])
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_folder_says_so(options: list[object], tmp_path: Path) -> None:
+    launcher, workers = begin_endless(options, tmp_path / "run")
     asked = time.monotonic()
-    os.kill(workers[-1], 10)
-    out, _ = process.communicate(timeout=30)
+    os.kill(workers[-1], signal.SIGUSR1)
+    out, _ = launcher.communicate(timeout=30)
     assert time.monotonic() - asked < 10
-    assert process.returncode != 0
+    assert launcher.returncode != 0
     assert out.count("stopped as asked") == 1
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
+    assert state(tmp_path / "run") == "interrupted"
+
+
+def test_a_killed_launcher_leaves_no_worker_behind(options: list[object], tmp_path: Path) -> None:
+    launcher, workers = begin_endless(options, tmp_path / "run")
+    launcher.kill()
+    launcher.communicate(timeout=30)  # to the end of what the workers print
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
+    assert state(tmp_path / "run") == "interrupted"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import launch
-from tests.test_training import records, reference_terms
+from tests.helpers import launch, records, reference_terms
 from vae_dist.noise import Stream, derive_key, normal
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Outcome
-from tests.helpers import launch
+from tests.helpers import Outcome, launch
 from tests.wandb_file import WandbRun, read_wandb
 from vae_dist.config import Config, InputError, TrackingConfig
 from vae_dist.run import RunFolder

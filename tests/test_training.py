@@ -4,11 +4,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,32 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vae_dist
-from tests.conftest import Outcome
-from tests.helpers import ROOT, arguments, environment, write_idx_set
+from tests.helpers import Outcome, begin, everything, records, reference_terms, refused
 from vae_dist.config import DataConfig
-from vae_dist.data import as_images, glyphs, sources
+from vae_dist.data import as_images, sources
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.options import parse
 from vae_dist.run import RunFolder
 from vae_dist.tracking import read_rows
 
 Command = Callable[..., Outcome]
-
-TIMES = {"images_per_second", "train_seconds", "test_seconds"}  # all that may differ between two runs of a config
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(run / "metrics.jsonl")]
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@pytest.fixture
-def quick(small_root: Path) -> list[object]:
-    """Options of a small run: 8 steps an epoch, 2 epochs, no W&B."""
-    return ["--data.root", small_root, "--trainer.epochs", 2, "--model.hidden", 40, "--tracking.wandb", "disabled"]
 
 
 def test_a_run_leaves_what_the_contract_says(trained: Path) -> None:
@@ -143,18 +124,6 @@ def test_the_test_figures_agree_with_an_independent_float64_computation(trained:
     assert abs(last["bce"] - draws.mean().item()) < 4 * draws.std(0).mean().item() / 300**0.5
 
 
-def reference_terms(run: Path, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """BCE and KL of each image in float64, from the saved weights and nothing of this package."""
-    w = {name: tensor.double() for name, tensor in load_file(run / "model.safetensors").items()}
-    hidden = (images @ w["encoder.1.weight"].T + w["encoder.1.bias"]).clamp(min=0)
-    mean, logvar = (hidden @ w["encoder.3.weight"].T + w["encoder.3.bias"]).split(20, dim=1)
-    latents = mean + (logvar / 2).exp() * noise
-    hidden = (latents @ w["decoder.0.weight"].T + w["decoder.0.bias"]).clamp(min=0)
-    p = torch.sigmoid(hidden @ w["decoder.2.weight"].T + w["decoder.2.bias"])
-    bce = -(images * p.log() + (1 - images) * (1 - p).log()).sum(1)
-    return bce, -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(1)
-
-
 @pytest.mark.parametrize("cut", [3, 8, 11])
 def test_a_run_cut_off_after_a_checkpoint_ends_with_the_same_bytes(
     cut: int, quick: list[object], command: Command, tmp_path: Path
@@ -235,163 +204,12 @@ def test_bf16_trains_and_is_evaluated_in_float32(quick: list[object], command: C
     assert json.loads((tmp_path / "evaluation.json").read_text())["loss"] == last["loss"]
 
 
-# What is refused: one readable error, status 2, nothing overwritten.
-
-
-def refused(outcome: Outcome, *told: str) -> None:
-    assert outcome.status == 2
-    assert outcome.err.count("error: ") == 1
-    assert "Traceback" not in outcome.err
-    for words in told:
-        assert words in outcome.err
-
-
-@pytest.fixture
-def finished(quick: list[object], command: Command, tmp_path: Path) -> Path:
-    assert command("train", *quick, "--output", tmp_path / "run").status == 0
-    return tmp_path / "run"
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--seed", 1], "seed: 0 there, 1 here"),
-        (["--data.batch_size", 64], "data.batch_size: 128 there, 64 here"),
-        (["--trainer.precision", "bf16"], "trainer.precision: fp32 there, bf16 here"),
-        (["--resume", "never"], "--resume never"),
-    ],
-)
-def test_a_folder_with_another_run_is_refused(
-    options: list[object], told: str, finished: Path, quick: list[object], command: Command
-) -> None:
-    before = everything(finished)
-    refused(command("train", *quick, "--output", finished, *options), told, str(finished))
-    assert everything(finished) == before
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over_and_named(finished: Path, quick: list[object], command: Command) -> None:
-    final = (finished / "model.safetensors").read_bytes()
-    (finished / "checkpoints" / "step_00000016" / "trainer.safetensors").write_bytes(b"broken")
-    outcome = command("train", *quick, "--output", finished)
-    assert outcome.status == 0
-    assert "step_00000016/trainer.safetensors" in outcome.out
-    assert "going on from" in outcome.out
-    assert (finished / "model.safetensors").read_bytes() == final
-
-
-def test_where_no_checkpoint_is_whole_the_run_is_refused(finished: Path, quick: list[object], command: Command) -> None:
-    for folder in (finished / "checkpoints").iterdir():
-        (folder / "trainer.json").write_text("{}")
-    before = everything(finished)
-    refused(command("train", *quick, "--output", finished), "no checkpoint is whole", "step_00000008/trainer.json")
-    assert everything(finished) == before
-
-
-def test_a_folder_in_use_or_not_a_run_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    refused(command("train", *quick, "--output", tmp_path / "file"), "is a file")
-    refused(command("train", *quick, "--output", tmp_path), "holds files but no run")
-    refused(command("train", *quick, "--output", tmp_path / "file" / "below"), str(tmp_path / "file"))
-    busy = RunFolder(tmp_path / "busy")
-    options = [*map(str, quick), "--output", str(busy.path)]
-    busy.claim(parse(options))
-    refused(command("train", *options), "another job is running there")
-    busy.release()
-    assert command("train", *options).status == 0
-
-
-def test_what_cannot_be_loaded_is_refused(finished: Path, command: Command, tmp_path: Path) -> None:
-    refused(command("evaluate", tmp_path / "nothing"), "nothing: no weights there")
-    (finished / "model.safetensors").write_bytes(b"\x80\x04\x95 a pickle")
-    refused(command("evaluate", finished), "model.safetensors: not a readable safetensors file")
-    refused(command("generate", finished), "model.safetensors: not a readable safetensors file")
-    shutil.copy(finished / "checkpoints" / "step_00000008" / "model.safetensors", finished)
-    refused(command("evaluate", finished), "model.safetensors: damaged")
-    for description in ('{"config": 3}', "{}", "[]", "nothing", '{"image_shape": [0]}'):
-        (finished / "config.json").write_text(description)
-        refused(command("evaluate", finished), "config.json")
-    weights = finished / "checkpoints" / "step_00000008" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    refused(command("evaluate", weights.parent), "step_00000008/model.safetensors: its SHA-256")
-
-
-def test_images_of_another_shape_or_nowhere_are_refused(finished: Path, command: Command, tmp_path: Path) -> None:
-    images, labels = glyphs.draw(0, 20)
-    write_idx_set(tmp_path / "narrow", images[..., :20], labels, images[..., :20], labels)
-    for name in ("evaluate", "generate"):
-        refused(command(name, finished, "--data.root", tmp_path / "narrow"), "1x28x20 pixels, where 1x28x28")
-        refused(command(name, finished, "--data.root", tmp_path / "nowhere"), "--data.name glyphs")
-
-
-def test_data_that_changed_under_a_run_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    write_idx_set(root, *glyphs.draw(0, 200), *glyphs.draw(200, 250))
-    options = [*quick, "--data.root", root, "--output", tmp_path / "run"]
-    assert command("train", *options).status == 0
-    write_idx_set(root, *glyphs.draw(0, 150), *glyphs.draw(200, 250))
-    refused(command("train", *options, "--trainer.epochs", 3), "trained on 200 images, but there are 150")
-    images, labels = glyphs.draw(200, 250)
-    write_idx_set(root, *glyphs.draw(0, 200), images[..., :20], labels)
-    refused(command("train", *options, "--trainer.epochs", 3), "images of 1x28x20 pixels, where 1x28x28 are expected")
-
-
-def test_what_this_machine_lacks_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:
-    refused(command("train", *quick, "--output", tmp_path / "a", "--trainer.precision", "fp16"), "--trainer.precision fp16")
-    refused(command("train", *quick, "--output", tmp_path / "a", "--tracking.wandb", "online"), "--tracking.wandb online")
-
-
-def test_a_diverging_run_fails_and_keeps_its_last_good_checkpoint(
-    quick: list[object], command: Command, tmp_path: Path
-) -> None:
-    assert command("train", *quick, "--output", tmp_path).status == 0
-    before = everything(tmp_path / "checkpoints")
-    root = tmp_path / "checkpoints" / "step_00000016"
-    other = tmp_path / "other"
-    outcome = command("train", *quick, "--output", other, "--optimizer.kind", "sgd", "--optimizer.lr", 1e6)
-    assert outcome.status == 1
-    assert "not finite" in outcome.out
-    assert json.loads((other / "status.json").read_text())["state"] == "failed"
-    assert not (other / "checkpoints").exists()
-    assert everything(tmp_path / "checkpoints") == before
-    assert root.exists()
-
-
-def test_a_run_that_breaks_in_an_epochs_last_step_saves_nothing(quick: list[object], command: Command, tmp_path: Path) -> None:
-    outcome = command("train", *quick, "--output", tmp_path, "--data.batch_size", 1000, "--optimizer.lr", 1e30)
-    assert outcome.status == 1
-    assert "the test loss is not finite" in outcome.out
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_batch_larger_than_the_data_set_is_the_whole_set(quick: list[object], command: Command, tmp_path: Path) -> None:
-    for batch in (1000, 10**12):
-        assert command("train", *quick, "--data.batch_size", batch, "--output", tmp_path / str(batch)).status == 0
-    assert records(tmp_path / "1000") == records(tmp_path / str(10**12))
-
-
-def test_a_full_disk_ends_the_run_with_one_error_and_nothing_half_written(small_root: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: the weights do not fit."""
-    options = ["--data.root", small_root, "--tracking.wandb", "disabled", "--output", tmp_path / "run"]
-    limited = ["bash", "-c", 'ulimit -f 500; exec "$@"', "-", *arguments("vae_dist.train", *options)]
-    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100, check=False)
-    refused(Outcome(done.returncode, done.stdout, done.stderr), "File too large", "step_00000008")
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
-
-
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda signum: signum.name)
 def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(
     signum: signal.Signals, quick: list[object], command: Command, small_root: Path, tmp_path: Path
 ) -> None:
     options = [*quick, "--trainer.epochs", 40, "--tracking.log_every", 2]
-    process = subprocess.Popen(
-        arguments("vae_dist.train", *options, "--output", tmp_path / "run"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = begin("vae_dist.train", *options, "--output", tmp_path / "run")
     deadline = time.monotonic() + 60
     while not read_rows(tmp_path / "run" / "metrics.jsonl") and time.monotonic() < deadline:
         time.sleep(0.01)
