@@ -73,6 +73,7 @@ def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> 
         (["--trainer.micro_batch_size", "0"], ["--trainer.micro_batch_size 0"]),
         (["--trainer.deterministic", "true", "--trainer.micro_batch_size", "3"], ["--trainer.micro_batch_size 3", "16"]),
         (["--trainer.precision", "no"], ["--trainer.precision", "'fp32'"]),
+        (["--trainer.max_minutes", "-1"], ["--trainer.max_minutes -1"]),
         (["--checkpoint.keep", "0"], ["--checkpoint.keep 0"]),
         (["--tracking.log_every", "0"], ["--tracking.log_every 0"]),
     ],

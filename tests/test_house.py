@@ -31,6 +31,7 @@ ORDER = [
     "tracking",
     "evaluate",
     "state",
+    "stopping",
     "trainer",
     "train",
     "generate",

@@ -226,6 +226,19 @@ def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+def test_the_time_limit_ends_the_run_with_75_and_the_same_command_goes_on(
+    quick: list[object], command: Command, tmp_path: Path
+) -> None:
+    limited = [*quick, "--output", tmp_path / "run", "--trainer.max_minutes", 1e-9]
+    assert command("train", *limited).status == 75
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 1
+    assert command("train", *limited).status == 75
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 2
+    assert command("train", *quick, "--output", tmp_path / "run").status == 0
+    assert command("train", *quick, "--output", tmp_path / "whole").status == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
 def test_generate_draws_its_pictures(finished: Path, command: Command, tmp_path: Path) -> None:
     outcome = command("generate", finished, "--out", tmp_path / "pictures", "--samples", 10)
     assert outcome.status == 0

@@ -89,6 +89,8 @@ class TrainerConfig:
     """Arithmetic of the network in training; the loss and every evaluation are float32. fp16 needs a GPU."""
     micro_batch_size: int | None = None
     """Images a process takes at once; its part of a batch is accumulated in several rounds if larger. None: all."""
+    max_minutes: float | None = None
+    """Stop after so many minutes of training, with a checkpoint and status 75, to be started again. None: no limit."""
     deterministic: bool = False
     """Weights that are the same to the last bit at any number of processes, and slower."""
 
@@ -96,6 +98,8 @@ class TrainerConfig:
         _require(self.epochs >= 1, "--trainer.epochs", self.epochs, "at least 1")
         micro = self.micro_batch_size
         _require(micro is None or micro >= 1, "--trainer.micro_batch_size", micro, "at least 1, or none")
+        limit = self.max_minutes
+        _require(limit is None or limit > 0, "--trainer.max_minutes", limit, "a positive number, or none")
 
 
 @dataclass(frozen=True)

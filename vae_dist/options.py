@@ -17,7 +17,16 @@ T = TypeVar("T")
 
 # Fields that may differ when a run folder is continued: they leave the meaning of the figures alone.
 FREE_FIELDS = frozenset(
-    ["output", "resume", "data.root", "trainer.epochs", "trainer.micro_batch_size", "checkpoint", "tracking"]
+    [
+        "output",
+        "resume",
+        "data.root",
+        "trainer.epochs",
+        "trainer.max_minutes",
+        "trainer.micro_batch_size",
+        "checkpoint",
+        "tracking",
+    ]
 )
 
 _PROG = "vae_dist.train"

@@ -7,7 +7,6 @@ accelerate launch --config_file launch/multi_gpu.yaml -m vae_dist.train --config
 import contextlib
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -83,8 +82,7 @@ def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
 
 def run_to_end(trainer: Trainer, accelerator: Accelerator) -> int:
     """Trains, saves the final weights, and leaves word in status.json whatever happens. The exit status."""
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(signum, trainer.request_stop)
+    trainer.stopping.listen()
     try:
         on_first_rank(accelerator, lambda: trainer.set_status("running", "training"))
         completed = trainer.fit()

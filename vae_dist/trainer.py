@@ -1,11 +1,9 @@
 """Training: fit -> epoch -> step. What a run computes follows from its config alone, at any number of processes."""
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from vae_dist.objective import Sums, negative_elbo
 from vae_dist.optimizer import build_optimizer, learning_rate
 from vae_dist.run import RunFolder, State
 from vae_dist.state import Progress, pack, unpack
+from vae_dist.stopping import Stopping
 from vae_dist.tracking import Row, Tracker
 
 # Noise is drawn for many steps at once, about so many numbers: per step it would cost three times as much.
@@ -73,7 +72,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
-        self.stop_requested = False
+        self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
         # Sums of this rank since the last reduce, on the device: bce, kld, images.
         self._sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self._gradient_norm = torch.zeros(())
@@ -98,12 +97,6 @@ class Trainer:
     def is_done(self) -> bool:
         return self.epoch >= self.config.trainer.epochs
 
-    def request_stop(self, signum: int, _: FrameType | None) -> None:
-        """Signal handler: the next time the ranks speak to each other they leave together. A second Ctrl-C does not wait."""
-        self.stop_requested = True
-        if signum == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
     def _train_epoch(self, epoch: int) -> bool:
         """The rest of an epoch: steps, evaluation, pictures, a checkpoint. False if the run is to stop."""
         first = self.progress.step % self.partition.steps
@@ -124,7 +117,8 @@ class Trainer:
                 bar.update()
                 if not is_last and self._log_and_save(epoch, bar):
                     return False
-        stop = self._reduce_sums()
+        self._reduce_sums()
+        stop = self.stopping.is_agreed(self.progress.step, at_once=True)
         images = self.progress.images - first * self.partition.batch_size
         self._end_epoch(epoch, {"images_per_second": whole.speed(images), "train_seconds": whole.seconds()})
         return self.is_done() or not stop
@@ -182,9 +176,9 @@ class Trainer:
         """Inside an epoch: a row of the training curve and a checkpoint where they are due. True if the run is to stop."""
         step, every = self.progress.step, self.config.checkpoint.every_steps
         row_due, save_due = self._is_row_due(step), every is not None and step % every == 0
-        if not (row_due or save_due):
-            return False
-        stop = self._reduce_sums()
+        stop = self.stopping.is_agreed(step)
+        if row_due or save_due or stop:
+            self._reduce_sums()
         if row_due:
             speed = self._stopwatch.speed(self._images_since_row)
             row = self._row("train", epoch, self.progress.window_sums) | self._step_figures() | {"images_per_second": speed}
@@ -196,16 +190,14 @@ class Trainer:
             self.save()
         return stop
 
-    def _reduce_sums(self) -> bool:
-        """Adds what all ranks summed up since the last time. True if any rank was asked to stop. Waits for the device."""
-        flag = self._sums.new_tensor([float(self.stop_requested)])
-        *sums, stop = sum_over_ranks(self.accelerator, torch.cat([self._sums, flag]))
+    def _reduce_sums(self) -> None:
+        """Adds what all ranks summed up since the last time. Waits for the device."""
+        sums = sum_over_ranks(self.accelerator, self._sums)
         self._sums.zero_()
         self._require_finite(all(map(math.isfinite, sums)), "the training loss")
         self.progress.epoch_sums = self.progress.epoch_sums.plus(Sums(*sums))
         self.progress.window_sums = self.progress.window_sums.plus(Sums(*sums))
         self._images_since_row += sums[-1]
-        return stop > 0
 
     def _require_finite(self, is_finite: bool, what: str) -> None:
         """Raises Diverged on all ranks, since all have the same figures and weights, before anything is saved."""
@@ -286,3 +278,4 @@ class Trainer:
                 f"--data.root {self.config.data.root}"
             )
         self.progress = progress
+        self.stopping = Stopping(self.accelerator, self.config.trainer.max_minutes, progress.step)
