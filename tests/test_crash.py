@@ -25,7 +25,7 @@ def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def kill_at_random(options: list[object], run: Path, chance: random.Random, processes: int) -> bool:
-    """Starts the job and kills all of its processes up to two seconds after it has begun. False if it ended before that."""
+    """Starts the job and kills all of its processes up to a second after it has begun. False if it ended before that."""
     job = subprocess.Popen(
         arguments("vae_dist.train", *options, "--output", run, processes=processes),
         cwd=ROOT,
@@ -39,7 +39,7 @@ def kill_at_random(options: list[object], run: Path, chance: random.Random, proc
         try:
             while job.poll() is None and not _wrote_since(run / "status.json", begun):
                 time.sleep(0.005)
-            job.wait(timeout=2 * chance.random())
+            job.wait(timeout=chance.random())
         except subprocess.TimeoutExpired:
             pass
         finished = job.poll() is not None

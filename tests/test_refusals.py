@@ -39,7 +39,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(finished: Path, qu
     outcome = command("train", *quick, "--output", finished)
     assert outcome.status == 0
     assert "step_00000016/trainer.safetensors" in outcome.out
-    assert "going on from" in outcome.out
+    assert f"going on from {finished}/checkpoints/step_00000008" in outcome.out
     assert (finished / "model.safetensors").read_bytes() == final
 
 

@@ -42,10 +42,12 @@ def main(args: list[str] | None = None) -> int:
         on_first_rank(accelerator, lambda: run.claim(config))
         model = build_model(config.model, train.shape[1:], config.seed)
         trainer = Trainer(config, accelerator, model, train, test, run)
-        resume(trainer, accelerator)
+        source = resume(trainer, accelerator)
         if trainer.is_done() and from_first_rank(accelerator, run.state) == "finished":
             accelerator.print(f"{run.path} is finished. For more, raise --trainer.epochs, or name another --output")
             return 0
+        if source is not None:
+            accelerator.print(f"going on from {source}: {trainer.epoch} epochs, {trainer.progress.step} steps")
         on_first_rank(accelerator, lambda: run.save_config(config))
         tracker = on_first_rank(accelerator, lambda: RunTracker(accelerator, run, config, mode, trainer.progress.step))
         trainer.tracker = tracker or Tracker()
@@ -54,12 +56,12 @@ def main(args: list[str] | None = None) -> int:
         run.release()
 
 
-def resume(trainer: Trainer, accelerator: Accelerator) -> None:
-    """Goes on from the checkpoint that `--resume` means, if there is one."""
+def resume(trainer: Trainer, accelerator: Accelerator) -> Path | None:
+    """Goes on from the checkpoint that `--resume` means, and returns it, if there is one."""
     source = from_first_rank(accelerator, lambda: find_checkpoint(trainer.config, trainer.run))
     if source is not None:
         together(accelerator, lambda: trainer.resume(source))
-        accelerator.print(f"going on from {source}: {trainer.epoch} epochs, {trainer.progress.step} steps")
+    return source
 
 
 def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
