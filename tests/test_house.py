@@ -32,6 +32,7 @@ ORDER = [
     "evaluate",
     "state",
     "stopping",
+    "guards",
     "trainer",
     "train",
     "generate",

@@ -113,7 +113,7 @@ def test_a_diverging_run_fails_and_keeps_its_last_good_checkpoint(
     other = tmp_path / "other"
     outcome = command("train", *quick, "--output", other, "--optimizer.kind", "sgd", "--optimizer.lr", 1e6)
     assert outcome.status == 1
-    assert "not finite" in outcome.out
+    assert "not finite" in outcome.err
     assert json.loads((other / "status.json").read_text())["state"] == "failed"
     assert not (other / "checkpoints").exists()
     assert everything(tmp_path / "checkpoints") == before
@@ -123,7 +123,7 @@ def test_a_diverging_run_fails_and_keeps_its_last_good_checkpoint(
 def test_a_run_that_breaks_in_an_epochs_last_step_saves_nothing(quick: list[object], command: Command, tmp_path: Path) -> None:
     outcome = command("train", *quick, "--output", tmp_path, "--data.batch_size", 1000, "--optimizer.lr", 1e30)
     assert outcome.status == 1
-    assert "the test loss is not finite" in outcome.out
+    assert "the test loss is not finite" in outcome.err
     assert not (tmp_path / "checkpoints").exists()
 
 

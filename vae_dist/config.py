@@ -93,6 +93,10 @@ class TrainerConfig:
     """Stop after so many minutes of training, with a checkpoint and status 75, to be started again. None: no limit."""
     deterministic: bool = False
     """Weights that are the same to the last bit at any number of processes, and slower."""
+    check_ranks_every: int | None = None
+    """Steps between two comparisons of all processes' weights and optimizer state, bit by bit. None: once an epoch."""
+    timeout_minutes: float = 10.0
+    """How long a process waits for the others before the run fails. More than they may take to download the data set."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "--trainer.epochs", self.epochs, "at least 1")
@@ -100,6 +104,10 @@ class TrainerConfig:
         _require(micro is None or micro >= 1, "--trainer.micro_batch_size", micro, "at least 1, or none")
         limit = self.max_minutes
         _require(limit is None or limit > 0, "--trainer.max_minutes", limit, "a positive number, or none")
+        every = self.check_ranks_every
+        _require(every is None or every >= 1, "--trainer.check_ranks_every", every, "at least 1, or none")
+        timeout = self.timeout_minutes
+        _require(0 < timeout <= 525_600, "--trainer.timeout_minutes", timeout, "positive, and at most a year")
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,44 @@
 """What several processes do together: start, sum figures, decide, fail and end."""
 
 import ctypes
+import hashlib
 import os
+import platform
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import NoReturn, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple, NoReturn, TypeVar
 
+import accelerate
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor
 
+from vae_dist import __version__
 from vae_dist.config import InputError, TrainerConfig
 from vae_dist.options import is_spokesman
 
 T = TypeVar("T")
 
-EXIT_DIVERGED = 1
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
+
+
+class TrainingFailed(RuntimeError):
+    """The loss is no number any more, or the ranks have drifted apart. All ranks raise it at the same step."""
+
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
@@ -32,37 +50,40 @@ _FP16_SCALE_PER_BATCH = 8192.0
 def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelerator:
     """The Accelerator of this process, on a GPU if there is one, with as many processes as the launcher meant.
 
-    Raises InputError where the launcher started fewer processes than asked, there are too few GPUs for them, or the
-    precision cannot be had.
+    Raises InputError where the launcher started fewer processes than asked, there are too few GPUs for them, the precision
+    cannot be had, or the processes run other versions of the software.
     """
+    trainer = trainer or TrainerConfig()
     _check_launch()
     _follow_launcher()
-    if trainer and trainer.deterministic:
+    if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     # Without GPUs Accelerate must be told, or torchrun's processes would each take themselves for the only one.
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    precision = trainer.precision if trainer else "fp32"
-    if precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported():
+    if trainer.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported():
         raise InputError("--trainer.precision bf16: this GPU has none; take fp16 or fp32")
-    if precision == "fp16" and on_cpu:
+    if trainer.precision == "fp16" and on_cpu:
         raise InputError("--trainer.precision fp16: needs a GPU, and none is visible; take bf16 or fp32")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not on_cpu and local_processes > torch.cuda.device_count():
         raise InputError(f"{local_processes} processes were started here for {torch.cuda.device_count()} visible GPUs")
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=_PRECISIONS[precision],
+        mixed_precision=_PRECISIONS[trainer.precision],
         log_with="wandb",
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             GradScalerKwargs(init_scale=_FP16_SCALE_PER_BATCH / batch_size),
+            # A time that equals the default of Accelerate's class would not be passed on: hence the millisecond.
+            InitProcessGroupKwargs(timeout=timedelta(minutes=trainer.timeout_minutes, milliseconds=1)),
         ],
     )
     accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; `backward` would divide by it
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise InputError(f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}")
-    if trainer and trainer.deterministic:
+    require_same(accelerator, lambda: _versions() | {"device": accelerator.device.type})
+    if trainer.deterministic:
         torch.set_num_threads(1)  # how a sum is split over threads shows in its last bits
         if not on_cpu:
             torch.use_deterministic_algorithms(True)
@@ -104,17 +125,11 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
     try:
         result.append(action())
     except (InputError, OSError) as error:
-        problem = _in_words(error)
+        problem = in_words(error)
     problems: Iterable[str | None] = gather_object([problem])
     for first in filter(None, problems):
         raise InputError(first)
     return result[0]
-
-
-def _in_words(error: InputError | OSError) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
 
 
 def on_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
@@ -128,14 +143,74 @@ def from_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return found[0]
 
 
+class Difference(NamedTuple):
+    """Something that one rank has otherwise than the others."""
+
+    rank: int
+    name: str
+    value: str
+    usual: str  # what most ranks have; of a tie, the lowest rank's
+
+
+def differences_of_ranks(accelerator: Accelerator, facts: Mapping[str, str]) -> list[Difference]:
+    """Where `facts`, words by name, are not the same on all ranks. All ranks call it and get the same answer."""
+    of_ranks: list[dict[str, str]] = gather_object([dict(facts)])
+    found = []
+    for name in dict.fromkeys(name for mine in of_ranks for name in mine):
+        values = [mine.get(name, "missing") for mine in of_ranks]
+        usual = Counter(values).most_common(1)[0][0]
+        found += [Difference(rank, name, value, usual) for rank, value in enumerate(values) if value != usual]
+    return found
+
+
+def require_same(accelerator: Accelerator, facts: Callable[[], Mapping[str, str]]) -> None:
+    """Raises the same InputError on all ranks where the facts differ between them. One process alone does not look."""
+    if accelerator.num_processes == 1:
+        return
+    if found := differences_of_ranks(accelerator, facts()):
+        listed = "; ".join(f"{name} is {value} on rank {rank} and {usual} on others" for rank, name, value, usual in found)
+        raise InputError(f"the processes of one run must be alike, but {listed}")
+
+
+def _versions() -> dict[str, str]:
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+    return {
+        "vae_dist": f"{__version__} (source {source.hexdigest()[:8]})",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def in_words(error: BaseException) -> str:
+    """What happened, in one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if _is_lost_peer(error):
+        return (
+            "another process of this run is gone, or was silent for longer than --trainer.timeout_minutes; start the same "
+            f"command again to go on from the newest checkpoint ({' '.join(str(error).split())[:300]})"
+        )
+    return str(error) if isinstance(error, (InputError, OSError, TrainingFailed)) else repr(error)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because of another process; gloo says so in a plain RuntimeError."""
+    by_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return by_gloo or isinstance(error, dist.DistBackendError)
+
+
 def run_entry_point(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and exits with its status; bad input, and files that cannot be written, are one line and status 2."""
+    """Runs `main` and exits with its status; an error that the user can do something about is one line, and status 2 or 1."""
     try:
         status = main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
+        is_input = isinstance(error, (InputError, OSError))
+        if not is_input and not isinstance(error, TrainingFailed) and not _is_lost_peer(error):
+            raise
         if is_spokesman() or isinstance(error, OSError):  # other errors are those of all ranks
-            print(f"error: {_in_words(error)}", file=sys.stderr, flush=True)
-        status = EXIT_BAD_INPUT
+            print(f"error: {in_words(error)}", file=sys.stderr, flush=True)
+        status = EXIT_BAD_INPUT if is_input else EXIT_FAILED
     else:
         if dist.is_initialized():
             dist.barrier()  # nobody hangs up while others still speak

@@ -3,6 +3,7 @@
 python -m vae_dist.evaluate runs/mnist
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -21,7 +22,7 @@ from vae_dist.checkpoint import write_atomically
 from vae_dist.config import DataConfig, InputError
 from vae_dist.data import as_images, sources
 from vae_dist.data.order import Partition
-from vae_dist.distributed import on_first_rank, run_entry_point, start, sum_over_ranks, together
+from vae_dist.distributed import on_first_rank, require_same, run_entry_point, start, sum_over_ranks, together
 from vae_dist.model import VAE, Output, reparameterize
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, negative_elbo
@@ -78,7 +79,8 @@ class Options:
 def load_pixels(config: DataConfig, accelerator: Accelerator, train: bool, shape: Sequence[int] | None = None) -> Tensor:
     """The training or the test images, uint8 on each rank's device; downloaded, where missing, by one process at a time.
 
-    Raises the same InputError on all ranks where a rank cannot have them, or they are not of the shape that the others are.
+    Raises the same InputError on all ranks where a rank cannot have them or has others than the rest, or they are not of the
+    shape that is asked for.
     """
     on_first_rank(accelerator, lambda: sources.fetch_missing(config))
     together(accelerator, lambda: sources.fetch_missing(config) if accelerator.is_local_main_process else None)
@@ -86,6 +88,8 @@ def load_pixels(config: DataConfig, accelerator: Accelerator, train: bool, shape
     if shape is not None and pixels.shape[1:] != torch.Size(shape):
         sides = ("x".join(map(str, size)) for size in (pixels.shape[1:], shape))
         raise InputError(f"--data.root {config.root}: images of {' pixels, where '.join(sides)} are expected")
+    name = f"the SHA-256 of the {'training' if train else 'test'} images in --data.root"
+    require_same(accelerator, lambda: {name: hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]})
     return pixels.to(accelerator.device)
 
 

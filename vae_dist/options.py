@@ -24,6 +24,8 @@ FREE_FIELDS = frozenset(
         "trainer.epochs",
         "trainer.max_minutes",
         "trainer.micro_batch_size",
+        "trainer.check_ranks_every",
+        "trainer.timeout_minutes",
         "checkpoint",
         "tracking",
     ]
@@ -94,9 +96,14 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_mapping(config), sort_keys=False)
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """The value of each option by its name, for example `optimizer.lr`."""
+    return _flatten(to_mapping(config))
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """A line for each field that differs and gives the run another meaning, for example `seed: 0 there, 1 here`."""
-    before, after = _flatten(to_mapping(old)), _flatten(to_mapping(new))
+    before, after = flat(old), flat(new)
     free = FREE_FIELDS if new.optimizer.schedule == "constant" else FREE_FIELDS - {"trainer.epochs"}
     changed = [name for name in after if before.get(name) != after[name]]
     return [
@@ -129,7 +136,7 @@ def _take_config_option(args: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def _in_python_words(options: list[str]) -> list[str]:
     """`true`, `false` and `none` as tyro wants them, but for fields that hold any text."""
-    text = {f"--{name}" for name, value in _flatten(to_mapping(Config())).items() if isinstance(value, str)}
+    text = {f"--{name}" for name, value in flat(Config()).items() if isinstance(value, str)}
     return [arg if before in text else _WORDS.get(arg, arg) for before, arg in zip(["", *options], options, strict=False)]
 
 

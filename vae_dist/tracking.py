@@ -31,8 +31,10 @@ class Tracker:
     def sync(self) -> None:
         """Returns when the rows are on the disk."""
 
-    def close(self) -> str:
-        """Ends the records; returns where the W&B run is: its address, or the folders of an offline one; empty for none."""
+    def close(self, status: int) -> str:
+        """Ends the records of a job that exits with `status`. Returns where its W&B run is: its address, or the folders of an
+        offline one; empty for none.
+        """
         return ""
 
 
@@ -62,12 +64,12 @@ class RunTracker(Tracker):
     def sync(self) -> None:
         os.fsync(self._metrics.fileno())
 
-    def close(self) -> str:
+    def close(self, status: int) -> str:
         self._metrics.close()
         run = self._wandb
         with self._surviving_wandb():
             if run is not None:
-                run.finish()
+                run.finish(exit_code=status)
         if run is None:
             return ""
         return f"{self._folder}/offline-run-*" if run.offline else str(run.url)

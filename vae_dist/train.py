@@ -15,25 +15,28 @@ from accelerate import Accelerator
 from vae_dist import checkpoint
 from vae_dist.config import Config, InputError
 from vae_dist.distributed import (
-    EXIT_DIVERGED,
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     from_first_rank,
+    in_words,
     on_first_rank,
+    require_same,
     run_entry_point,
     start,
     together,
 )
 from vae_dist.evaluate import load_pixels
 from vae_dist.model import build_model
-from vae_dist.options import from_mapping, parse, require_same_run
+from vae_dist.options import flat, from_mapping, parse, require_same_run
 from vae_dist.run import RunFolder, State
 from vae_dist.tracking import RunTracker, Tracker, wandb_mode
-from vae_dist.trainer import Diverged, Trainer
+from vae_dist.trainer import Trainer
 
 
 def main(args: list[str] | None = None) -> int:
     config = parse(sys.argv[1:] if args is None else args)
     accelerator = start(config.trainer, config.data.batch_size)
+    require_same(accelerator, lambda: {f"--{name}": str(value) for name, value in flat(config).items() if name != "data.root"})
     mode = from_first_rank(accelerator, lambda: wandb_mode(config))
     train = load_pixels(config.data, accelerator, train=True)
     test = load_pixels(config.data, accelerator, train=False, shape=train.shape[1:])
@@ -85,6 +88,7 @@ def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
 def run_to_end(trainer: Trainer, accelerator: Accelerator) -> int:
     """Trains, saves the final weights, and leaves word in status.json whatever happens. The exit status."""
     trainer.stopping.listen()
+    status = EXIT_FAILED
     try:
         on_first_rank(accelerator, lambda: trainer.set_status("running", "training"))
         completed = trainer.fit()
@@ -92,22 +96,19 @@ def run_to_end(trainer: Trainer, accelerator: Accelerator) -> int:
             trainer.save_final()
         state: State = "finished" if completed else "interrupted"
         on_first_rank(accelerator, lambda: trainer.set_status(state, f"{trainer.epoch} epochs are done"))
+        status = 0 if completed else EXIT_INTERRUPTED
     except BaseException as error:
         if accelerator.is_main_process:
             with contextlib.suppress(OSError):  # a full disk may be why
-                reason = str(error) if isinstance(error, (Diverged, InputError)) else repr(error)
-                trainer.set_status("failed", reason)
-        if isinstance(error, Diverged):
-            accelerator.print(f"error: {error}")
-            return EXIT_DIVERGED
+                trainer.set_status("failed", in_words(error))
         raise
     finally:
-        where = trainer.tracker.close()
-    if not completed:
+        where = trainer.tracker.close(status)
+    if completed:
+        accelerator.print(closing_words(trainer, where))
+    else:
         accelerator.print("stopped as asked, after writing a checkpoint; start the same command again to go on")
-        return EXIT_INTERRUPTED
-    accelerator.print(closing_words(trainer, where))
-    return 0
+    return status
 
 
 def closing_words(trainer: Trainer, wandb: str) -> str:

@@ -12,12 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_dist import checkpoint, pictures
+from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config, InputError, deterministic_rows
 from vae_dist.data import as_images
 from vae_dist.data.order import Partition, epoch_order, even_rows
-from vae_dist.distributed import on_first_rank, sum_over_ranks
+from vae_dist.distributed import TrainingFailed, on_first_rank, sum_over_ranks
 from vae_dist.evaluate import evaluate
 from vae_dist.gradients import OrderedGradients, SummedGradients, wrap
+from vae_dist.guards import REMEDY, DriftGuard, divergence
 from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, negative_elbo
@@ -31,8 +33,8 @@ from vae_dist.tracking import Row, Tracker
 _NOISE_BLOCK = 1 << 18
 
 
-class Diverged(RuntimeError):
-    """The loss is no number any more. All ranks raise it at the same step."""
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 class Stopwatch:
@@ -73,8 +75,11 @@ class Trainer:
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
-        # Sums of this rank since the last reduce, on the device: bce, kld, images.
-        self._sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        # Sums of this rank in each step since the last reduce, on the device: bce, kld, images.
+        steps = min(self.partition.steps, config.tracking.log_every)
+        self._sums = torch.zeros(steps, 3, dtype=torch.float64, device=accelerator.device)
+        self._reduced_step = 0  # where the ranks last added up their sums
+        self.drift_guard = DriftGuard(accelerator)
         self._gradient_norm = torch.zeros(())
         self._stopwatch, self._images_since_row = Stopwatch(), 0.0  # of this process's life: a resumed window is longer
 
@@ -89,6 +94,7 @@ class Trainer:
 
     def fit(self) -> bool:
         """Trains to the last epoch. False if a signal ended it before; a checkpoint has been written then."""
+        self.drift_guard.compare(self.progress.step, self._packed)
         while not self.is_done():
             if not self._train_epoch(self.epoch + 1):
                 return False
@@ -118,6 +124,7 @@ class Trainer:
                 if not is_last and self._log_and_save(epoch, bar):
                     return False
         self._reduce_sums()
+        self.drift_guard.compare(self.progress.step, self._packed)
         stop = self.stopping.is_agreed(self.progress.step, at_once=True)
         images = self.progress.images - first * self.partition.batch_size
         self._end_epoch(epoch, {"images_per_second": whole.speed(images), "train_seconds": whole.seconds()})
@@ -156,7 +163,7 @@ class Trainer:
         terms = negative_elbo(self.wrapped(images, noise), images, self.model.likelihood)
         self.accelerator.backward(terms.loss.where(is_image, 0).sum())
         columns = torch.stack([terms.bce.detach(), terms.kld.detach(), torch.ones_like(noise[:, 0])])
-        self._sums += columns.where(is_image, 0).sum(1)
+        self._sums[self.progress.step - self._reduced_step] += columns.where(is_image, 0).sum(1)
 
     def _scale_and_clip(self) -> None:
         """Undoes fp16's loss scale, clips, and measures the gradient where a row will tell its norm."""
@@ -174,11 +181,15 @@ class Trainer:
 
     def _log_and_save(self, epoch: int, bar: "tqdm[Any]") -> bool:
         """Inside an epoch: a row of the training curve and a checkpoint where they are due. True if the run is to stop."""
-        step, every = self.progress.step, self.config.checkpoint.every_steps
-        row_due, save_due = self._is_row_due(step), every is not None and step % every == 0
+        step = self.progress.step
+        row_due = self._is_row_due(step)
+        save_due = _is_due(step, self.config.checkpoint.every_steps)
+        compare_due = _is_due(step, self.config.trainer.check_ranks_every)
         stop = self.stopping.is_agreed(step)
         if row_due or save_due or stop:
             self._reduce_sums()
+        if compare_due:
+            self.drift_guard.compare(step, self._packed)
         if row_due:
             speed = self._stopwatch.speed(self._images_since_row)
             row = self._row("train", epoch, self.progress.window_sums) | self._step_figures() | {"images_per_second": speed}
@@ -192,19 +203,22 @@ class Trainer:
 
     def _reduce_sums(self) -> None:
         """Adds what all ranks summed up since the last time. Waits for the device."""
-        sums = sum_over_ranks(self.accelerator, self._sums)
+        sums = sum_over_ranks(self.accelerator, self._sums.sum(0))
+        if not all(map(math.isfinite, sums)):
+            raise divergence(self.config, self.partition, self.accelerator, self._sums, self._reduced_step)
         self._sums.zero_()
-        self._require_finite(all(map(math.isfinite, sums)), "the training loss")
+        self._reduced_step = self.progress.step
         self.progress.epoch_sums = self.progress.epoch_sums.plus(Sums(*sums))
         self.progress.window_sums = self.progress.window_sums.plus(Sums(*sums))
         self._images_since_row += sums[-1]
 
     def _require_finite(self, is_finite: bool, what: str) -> None:
-        """Raises Diverged on all ranks, since all have the same figures and weights, before anything is saved."""
+        """Raises TrainingFailed on all ranks, since all have the same figures and weights, before anything is saved."""
         if not is_finite:
-            raise Diverged(
-                f"{what} is not finite any more by step {self.progress.step}, and nothing was saved since it was. "
-                "Try a lower --optimizer.lr, --optimizer.warmup_steps, or --optimizer.clip_norm"
+            step, rate = self.progress.step, self.optimizer.param_groups[0]["lr"]
+            epoch = -(-step // self.partition.steps)
+            raise TrainingFailed(
+                f"{what} is not finite any more: step {step} (epoch {epoch}), learning rate {rate:g}. {REMEDY}"
             )
 
     def _row(self, split: str, epoch: int, sums: Sums) -> Row:
@@ -249,11 +263,13 @@ class Trainer:
         self._require_finite(all(bool(p.isfinite().all()) for p in self.model.parameters()), "a weight")
         on_first_rank(self.accelerator, self._save)
 
+    def _packed(self) -> Checkpoint:
+        return pack(self.config, self.model, self.optimizer, self.accelerator.scaler, self.progress)
+
     def _save(self) -> None:
         folder = checkpoint.folder_of_step(self.run.checkpoints, self.progress.step)
         self.tracker.sync()  # a checkpoint says that the rows before it are on the disk
-        scaler = self.accelerator.scaler
-        checkpoint.write(folder, pack(self.config, self.model, self.optimizer, scaler, self.progress))
+        checkpoint.write(folder, self._packed())
         checkpoint.prune(folder, self.config.checkpoint.keep)
         self.set_status("running", "training")
 
@@ -278,4 +294,5 @@ class Trainer:
                 f"--data.root {self.config.data.root}"
             )
         self.progress = progress
+        self._reduced_step = progress.step
         self.stopping = Stopping(self.accelerator, self.config.trainer.max_minutes, progress.step)

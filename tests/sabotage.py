@@ -1,0 +1,80 @@
+"""Run in real processes by test_distributed: vae_dist.train, but something goes wrong on one rank.
+
+python -m tests.sabotage FAULT [options of vae_dist.train]
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vae_dist import distributed, train
+from vae_dist.data import sources
+from vae_dist.trainer import Trainer
+
+RANK, STEP = 1, 11  # where a fault in training strikes
+
+
+def at_step(fault: Callable[[Trainer], None]) -> None:
+    """Lets the fault strike right before one step."""
+    step = Trainer._train_step
+
+    def faulty(self: Trainer, indices: Tensor, noise: Tensor) -> None:
+        if self.progress.step == STEP:
+            fault(self)
+        step(self, indices, noise)
+
+    Trainer._train_step = faulty  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def last_bit_of_a_weight(trainer: Trainer) -> None:
+    weight = trainer.model.get_parameter("decoder.2.bias")
+    weight[5] = torch.nextafter(weight[5], weight[5] + 1)
+
+
+def a_moment(trainer: Trainer) -> None:
+    trainer.optimizer.state[trainer.model.get_parameter("decoder.2.bias")]["exp_avg_sq"][5] *= 1.0001
+
+
+@torch.no_grad()
+def no_number(trainer: Trainer) -> None:
+    trainer.model.get_parameter("encoder.1.bias")[0] = float("nan")
+
+
+def other_data() -> None:
+    load = sources.load
+
+    def flipped(*args: object, **kwargs: object) -> sources.Images:
+        pixels, labels = load(*args, **kwargs)  # type: ignore[arg-type]
+        pixels[17, 0, 3, 4] ^= 1
+        return sources.Images(pixels, labels)
+
+    sources.load = flipped
+
+
+def other_software() -> None:
+    distributed.__dict__["__version__"] = "0.0.7"
+
+
+def another_seed() -> None:
+    sys.argv += ["--seed", "6"]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "weight": lambda: at_step(last_bit_of_a_weight),
+    "moment": lambda: at_step(a_moment),
+    "nan": lambda: at_step(no_number),
+    "data": other_data,
+    "software": other_software,
+    "seed": another_seed,
+}
+
+
+if __name__ == "__main__":
+    fault = sys.argv.pop(1)
+    if int(os.environ["RANK"]) == RANK:
+        FAULTS[fault]()
+    distributed.run_entry_point(train.main)
