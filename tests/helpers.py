@@ -78,14 +78,14 @@ def write_idx_set(
             path.write_bytes(gzip.compress(content) if compressed else content)
 
 
-def arguments(module: str, *args: object, processes: int = 1) -> list[str]:
-    """The command line that starts a module in one process or, through the launcher, in several."""
+def arguments(module: str, *args: object, processes: int = 1, restarts: int = 0) -> list[str]:
+    """The command line that starts a module in one process or, through the launcher, in several, and again if one fails."""
     if processes == 1:
         start = [sys.executable, "-m", module]
     else:
         config = str(ROOT / "launch" / "multi_cpu.yaml")
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        start = [*launcher, "--num_processes", str(processes), "-m", module]
+        start = [*launcher, "--num_processes", str(processes), "--max_restarts", str(restarts), "-m", module]
     return [*start, *map(str, args)]
 
 
@@ -108,10 +108,10 @@ def launch(module: str, *args: object, processes: int = 1, **changes: str) -> "s
     )
 
 
-def begin(module: str, *args: object, processes: int = 1) -> "subprocess.Popen[str]":
+def begin(module: str, *args: object, processes: int = 1, restarts: int = 0) -> "subprocess.Popen[str]":
     """Starts a module in real processes and returns at once; what they print comes as one text."""
     return subprocess.Popen(
-        arguments(module, *args, processes=processes),
+        arguments(module, *args, processes=processes, restarts=restarts),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -1,12 +1,9 @@
 """Any number of processes, started as users start them, does what one does."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,8 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import ROOT, begin, environment, launch, records
+from tests.helpers import ROOT, environment, launch, records
 from tests.settings import SETTINGS
-from vae_dist.tracking import read_rows
 
 Seen = dict[str, dict[str, Any]]
 
@@ -157,42 +153,6 @@ def test_an_error_on_several_ranks_is_printed_once(options: list[object], tmp_pa
         assert done.stderr.count(told) == 1
         assert "vae_dist/train.py" not in done.stderr, "no traceback of ours"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["somebody's"]
-
-
-def begin_endless(options: list[object], run: Path) -> tuple["subprocess.Popen[str]", list[int]]:
-    """A run on two processes that has begun to train, and the ids of its workers."""
-    more = ["--output", run, "--tracking.log_every", 1, "--trainer.epochs", 10_000]
-    launcher = begin("vae_dist.train", *options, *more, processes=2)
-    deadline = time.monotonic() + 60
-    while not read_rows(run / "metrics.jsonl") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return launcher, [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-
-
-def state(run: Path) -> str:
-    return str(json.loads((run / "status.json").read_text())["state"])
-
-
-def test_a_signal_to_one_rank_stops_all_and_the_folder_says_so(options: list[object], tmp_path: Path) -> None:
-    launcher, workers = begin_endless(options, tmp_path / "run")
-    asked = time.monotonic()
-    os.kill(workers[-1], signal.SIGUSR1)
-    out, _ = launcher.communicate(timeout=30)
-    assert time.monotonic() - asked < 10
-    assert launcher.returncode != 0
-    assert out.count("stopped as asked") == 1
-    assert state(tmp_path / "run") == "interrupted"
-
-
-def test_a_killed_launcher_leaves_no_worker_behind(options: list[object], tmp_path: Path) -> None:
-    launcher, workers = begin_endless(options, tmp_path / "run")
-    launcher.kill()
-    launcher.communicate(timeout=30)  # to the end of what the workers print
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
-    assert state(tmp_path / "run") == "interrupted"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)

@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
@@ -24,6 +24,8 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # made at import
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from vae_dist import __version__
 from vae_dist.config import InputError, TrainerConfig
@@ -40,6 +42,7 @@ class TrainingFailed(RuntimeError):
     """The loss is no number any more, or the ranks have drifted apart. All ranks raise it at the same step."""
 
 
+_MEETING = "after-restart"  # a scheme of addresses, for torch
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 _PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
@@ -75,7 +78,9 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             GradScalerKwargs(init_scale=_FP16_SCALE_PER_BATCH / batch_size),
             # A time that equals the default of Accelerate's class would not be passed on: hence the millisecond.
-            InitProcessGroupKwargs(timeout=timedelta(minutes=trainer.timeout_minutes, milliseconds=1)),
+            InitProcessGroupKwargs(
+                init_method=f"{_MEETING}://", timeout=timedelta(minutes=trainer.timeout_minutes, milliseconds=1)
+            ),
         ],
     )
     accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; `backward` would divide by it
@@ -94,6 +99,15 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
         # Launchers say one thread, whatever the machine has: share out its cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
     return accelerator
+
+
+def _meet(_: str, timeout: timedelta, **options: object) -> Iterator[tuple[Store, int, int]]:
+    """The launcher's store, under a name of this restart: torch's agent keeps the addresses of the dead in it."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    yield PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world_size
+
+
+register_rendezvous_handler(_MEETING, _meet)  # type: ignore[no-untyped-call]
 
 
 def _check_launch() -> None:
