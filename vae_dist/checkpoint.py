@@ -4,11 +4,13 @@ A checkpoint is a folder `step_<8 digits>` of safetensors and JSON. `trainer.jso
 included, and the folder gets its name only when all of it lies on the disk.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +43,6 @@ class Damaged(Exception):
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint as `folder`, atomically: after a kill at any moment it is there and whole, or not there."""
     temporary = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     contents = {
         "config.json": _to_json(checkpoint.config),
         "model.safetensors": safetensors.torch.save(checkpoint.model),
@@ -51,6 +51,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     manifest = {"format": FORMAT, **checkpoint.progress, "sha256": {name: _sha256(contents[name]) for name in _HASHED}}
     contents[_MANIFEST] = _sealed(manifest)
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         for name, content in contents.items():
             _write_and_sync(temporary / name, content)
     except OSError as error:
@@ -78,7 +80,7 @@ def read(folder: Path) -> Checkpoint:
             trainer=safetensors.torch.load(contents["trainer.safetensors"]),
             progress={key: value for key, value in manifest.items() if key not in ("format", "sha256")},
         )
-    except (ValueError, safetensors.SafetensorError) as error:
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise Damaged(f"{folder}: cannot be parsed: {error}") from None
 
 
@@ -137,7 +139,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises InputError where it is none."""
     try:
         return safetensors.torch.load(file.read_bytes())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, MemoryError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(f"{file}: not a readable safetensors file: {error}") from None
 
 
@@ -148,7 +150,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = {key: value for key, value in json.loads(content).items() if key != _SEAL}
         if content != _sealed(manifest) or not isinstance(manifest["sha256"], dict):
             raise Damaged(f"{file}: its SHA-256 is not the one that was written")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         raise Damaged(f"{file}: not the JSON that was written") from None
     if manifest.get("format") != FORMAT:
         raise Damaged(f"{file}: format {manifest.get('format')}, this version reads {FORMAT}")
@@ -168,6 +170,8 @@ def _read_file(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise Damaged(f"{file}: {error.strerror}") from None
+    except MemoryError:
+        raise Damaged(f"{file}: larger than the memory") from None
 
 
 def _to_json(values: dict[str, Any]) -> bytes:
@@ -179,13 +183,19 @@ def _sha256(content: bytes) -> str:
 
 
 def _write_and_sync(file: Path, content: bytes) -> None:
+    with naming(file), file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Lets an OSError name the file: by itself it does so where the file cannot be opened, not where it cannot be written."""
     try:
-        with file.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from None  # only opening names the file by itself
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def _sync_folder(folder: Path) -> None:

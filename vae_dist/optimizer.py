@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from vae_dist.config import InputError, OptimizerConfig
 
+_ADAM_STATE = {"step": False, "exp_avg": True, "exp_avg_sq": True}  # whether it has the parameter's shape
+
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Adam or plain SGD, in one fused kernel for all parameters."""
@@ -35,16 +37,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Restores what `optimizer_tensors` gave. Raises InputError where a parameter's state is missing or of another shape."""
+    """Restores what `optimizer_tensors` gave. Raises InputError where a tensor is missing, or of another shape or type."""
+    names = _ADAM_STATE if isinstance(optimizer, torch.optim.Adam) else {}
     state: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        prefix = f"optimizer.{name}."
-        found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if any(value.ndim and value.shape != parameter.shape for value in found.values()):
-            raise InputError(f"the checkpoint's optimizer state of {name} has another shape than the parameter")
-        if found:
-            state[index] = found
-    adam = isinstance(optimizer, torch.optim.Adam)
-    if adam and tensors and len(state) != len(optimizer.param_groups[0]["params"]):
-        raise InputError("the checkpoint's optimizer state lacks parameters of this model")
+        state[index] = {}
+        for key, has_shape in names.items():
+            value = tensors.get(f"optimizer.{name}.{key}")
+            shape = parameter.shape if has_shape else torch.Size()
+            if value is None or value.shape != shape or value.dtype != torch.float32:
+                raise InputError(f"the optimizer's {key} of {name} is missing, or not float32 of shape {tuple(shape)}")
+            state[index][key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

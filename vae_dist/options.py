@@ -1,5 +1,7 @@
 """From a YAML file and the command line to a Config, and back; and whether two configs describe the same run."""
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -80,7 +82,8 @@ def is_spokesman() -> bool:
 def from_mapping(values: Mapping[str, Any], source: object) -> Config:
     """The Config that `to_mapping` turned into plain values. Raises InputError, naming `source`, where it is none."""
     try:
-        return tyro.cli(Config, args=list(_as_options(values)), config=(tyro.conf.FlagConversionOff,), console_outputs=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro prints some errors whatever `console_outputs` says
+            return tyro.cli(Config, args=list(_as_options(values)), config=(tyro.conf.FlagConversionOff,))
     except SystemExit:
         raise InputError(f"{source}: not a config that vae_dist of this version can read") from None
 
@@ -156,7 +159,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(f"--config {file}: {error.strerror or error}; name a YAML file, such as configs/mnist.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
         raise InputError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

@@ -71,7 +71,7 @@ class RunFolder:
             values = yaml.safe_load(self._config.read_text())
         except OSError as error:
             raise InputError(f"{self._config}: {error.strerror}; is {self.path} the folder of a run?") from None
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
             raise InputError(f"{self._config}: not YAML") from None
         if not isinstance(values, dict):
             raise InputError(f"{self._config}: not a run's config")
@@ -90,7 +90,7 @@ class RunFolder:
         """The state last set; empty where none was."""
         try:
             return str(json.loads(self._status.read_text())["state"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return ""
 
     def save_model(self, config: Config, model: VAE) -> None:
@@ -134,7 +134,7 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
         model = VAE(config.model, (channels, height, width))
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read: {error}") from None
     restore_weights(model, tensors, folder)
     return model.eval(), config

@@ -1,6 +1,7 @@
 """What a run must remember: packed into a checkpoint, and taken out again."""
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,15 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        known = {entry.name: values[entry.name] for entry in fields(cls)}
-        return cls(**known | {name: Sums(*known[name]) for name in ("epoch_sums", "window_sums")})
+        """Raises KeyError or TypeError where the values are not what `asdict` gave."""
+        progress = cls(values["step"], values["images"], Sums(*values["epoch_sums"]), Sums(*values["window_sums"]))
+        for count in (progress.step, progress.images):
+            if type(count) is not int or count < 0:
+                raise TypeError(f"{count!r} is no count")
+        for figure in (*progress.epoch_sums, *progress.window_sums):
+            if type(figure) not in (int, float) or not math.isfinite(figure):
+                raise TypeError(f"{figure!r} is no sum")
+        return progress
 
 
 def pack(config: Config, model: VAE, optimizer: torch.optim.Optimizer, scaler: Scaler, progress: Progress) -> Checkpoint:
@@ -50,11 +58,13 @@ def pack(config: Config, model: VAE, optimizer: torch.optim.Optimizer, scaler: S
 def unpack(saved: Checkpoint, source: Path, model: VAE, optimizer: torch.optim.Optimizer, scaler: Scaler) -> Progress:
     """Puts a packed state back. Raises InputError where it is of another model or lacks something."""
     restore_weights(model, saved.model, source)
-    load_optimizer_tensors(optimizer, model, saved.trainer)
     try:
+        load_optimizer_tensors(optimizer, model, saved.trainer)
         if scaler is not None:
             restored = {name: float(saved.trainer[f"scaler.{name}"]) for name in _SCALER_STATE}
             scaler.load_state_dict(scaler.state_dict() | restored)
         return Progress.from_json(saved.progress)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
     except (KeyError, TypeError) as error:
         raise InputError(f"{source}: not a checkpoint of this version: {error}") from None

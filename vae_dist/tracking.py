@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 from accelerate import Accelerator
 
-from vae_dist.checkpoint import write_atomically
+from vae_dist.checkpoint import naming, write_atomically
 from vae_dist.config import Config, InputError
 from vae_dist.options import to_mapping
 from vae_dist.run import RunFolder
@@ -53,8 +53,9 @@ class RunTracker(Tracker):
         self._start_wandb(run, config, mode)
 
     def log(self, group: str, row: Row, pictures: Mapping[str, Path] | None = None) -> None:
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
+        with naming(Path(self._metrics.name)):
+            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self._metrics.flush()
         if row["split"] == "test":
             self._best = min(self._best, row["loss"])
         with self._surviving_wandb():
@@ -62,7 +63,8 @@ class RunTracker(Tracker):
                 self._log_wandb(group, row, pictures or {})
 
     def sync(self) -> None:
-        os.fsync(self._metrics.fileno())
+        with naming(Path(self._metrics.name)):
+            os.fsync(self._metrics.fileno())
 
     def close(self, status: int) -> str:
         self._metrics.close()
@@ -155,7 +157,7 @@ def read_rows(metrics: Path) -> list[Row]:
             if not {"split", "epoch", "step", "loss"} <= row.keys():
                 raise ValueError
             rows.append(row)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             if number < len(lines) or line.endswith(b"\n"):
                 raise InputError(f"{metrics}: line {number} is not a row of a run; mend or remove it") from None
     return rows
