@@ -28,6 +28,7 @@ ORDER = [
     "checkpoint",
     "run",
     "pictures",
+    "wandb_file",
     "tracking",
     "evaluate",
     "state",

@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 
 from tests.helpers import Outcome, launch
-from tests.wandb_file import WandbRun, read_wandb
+from tests.wandb_file import WandbRun, offline_runs, read_wandb
 from vae_dist.config import Config, InputError, TrackingConfig
 from vae_dist.run import RunFolder
 from vae_dist.tracking import read_rows, wandb_mode
-
-
-def offline_runs(run: Path) -> list[WandbRun]:
-    return [read_wandb(folder) for folder in sorted((run / "wandb").glob("offline-run-*"))]
 
 
 def logged(wandb: WandbRun, key: str) -> list[tuple[int, Any]]:
@@ -73,10 +69,10 @@ def test_a_wandb_that_fails_in_the_middle_is_said_once_and_training_goes_on(
 
     log = RunTracker.log
 
-    def sabotaged(self: RunTracker, group: str, row: dict[str, Any], pictures: Any = None) -> None:
-        if row["step"] == 8 and wandb.run is not None:
+    def sabotaged(self: RunTracker, *rows: dict[str, Any]) -> None:
+        if rows[0]["step"] == 8 and wandb.run is not None:
             wandb.run.finish()
-        log(self, group, row, pictures)
+        log(self, *rows)
 
     monkeypatch.setattr(RunTracker, "log", sabotaged)
     options = ["--data.root", small_root, "--model.hidden", 40, "--trainer.epochs", 3, "--tracking.wandb", "offline"]

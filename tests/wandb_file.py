@@ -1,15 +1,10 @@
-"""Reads an offline W&B run's file: LevelDB log framing around protobuf records, behind a 7-byte header."""
+"""What an offline W&B run's folder holds, in plain values."""
 
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wandb.proto import wandb_internal_pb2
-
-_BLOCK = 32 * 1024
-_HEADER = struct.Struct("<IHB")  # checksum, length, kind: 1 whole, 2 first, 3 middle, 4 last part of a record
+from vae_dist.wandb_file import records
 
 
 class WandbRun(NamedTuple):
@@ -18,17 +13,15 @@ class WandbRun(NamedTuple):
     config: dict[str, Any]
     history: list[dict[str, Any]]
     summary: dict[str, Any]
+    exit_code: int | None
 
 
 def read_wandb(folder: Path) -> WandbRun:
-    """What an offline run folder holds."""
     (file,) = folder.glob("run-*.wandb")
     run_id = project = ""
     config: dict[str, Any] = {}
-    history, summary = [], {}
-    for content in _records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # made at import
-        record.ParseFromString(content)
+    history, summary, exit_code = [], {}, None
+    for record in records(file):
         if record.HasField("run"):
             run_id, project = record.run.run_id, record.run.project
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -38,19 +31,11 @@ def read_wandb(folder: Path) -> WandbRun:
             history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
         for item in record.summary.update:
             summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-    return WandbRun(run_id, project, config, history, summary)
+        if record.HasField("exit"):
+            exit_code = record.exit.exit_code
+    return WandbRun(run_id, project, config, history, summary, exit_code)
 
 
-def _records(content: bytes) -> Iterator[bytes]:
-    assert content[:7] == b":W&B" + struct.pack("<HB", 0xBEE1, 0)
-    position, parts = 7, b""
-    while position + _HEADER.size <= len(content):
-        if _BLOCK - position % _BLOCK < _HEADER.size:
-            position += _BLOCK - position % _BLOCK
-            continue
-        _, length, kind = _HEADER.unpack_from(content, position)
-        parts += content[position + _HEADER.size : position + _HEADER.size + length]
-        position += _HEADER.size + length
-        if kind in (1, 4):
-            yield parts
-            parts = b""
+def offline_runs(run: Path) -> list[WandbRun]:
+    """The W&B runs in a run's folder, oldest first."""
+    return [read_wandb(folder) for folder in sorted((run / "wandb").glob("offline-run-*"))]

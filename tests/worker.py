@@ -25,8 +25,8 @@ class Recorder(Tracker):
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def log(self, group: str, row: Row, pictures: object = None) -> None:
-        self.rows.append(row)
+    def log(self, *rows: Row) -> None:
+        self.rows += rows
 
 
 def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Path) -> dict[str, object]:

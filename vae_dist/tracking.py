@@ -4,7 +4,8 @@ import contextlib
 import json
 import netrc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -15,6 +16,7 @@ from vae_dist.checkpoint import naming, write_atomically
 from vae_dist.config import Config, InputError
 from vae_dist.options import to_mapping
 from vae_dist.run import RunFolder
+from vae_dist.wandb_file import last_step
 
 Row = dict[str, Any]
 
@@ -25,8 +27,8 @@ _WANDB_END_SECONDS = 60.0  # for it to take the last figures; what it did not ta
 class Tracker:
     """The face that every rank sees. This one, the base, does nothing: it is what ranks other than zero get."""
 
-    def log(self, group: str, row: Row, pictures: Mapping[str, Path] | None = None) -> None:
-        """Records one row of figures, and picture files under their names. `group` heads their names in W&B."""
+    def log(self, *rows: Row) -> None:
+        """Records rows of one optimizer step; with a test row, the epoch's pictures, which lie in the run's folder already."""
 
     def sync(self) -> None:
         """Returns when the rows are on the disk."""
@@ -46,21 +48,21 @@ class RunTracker(Tracker):
         rows = [row for row in read_rows(run.metrics) if row["step"] <= step]
         write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         self._metrics = run.metrics.open("a")
-        self._best = min((row["loss"] for row in rows if row["split"] == "test"), default=float("inf"))
+        self._best = float("inf")
         self._accelerator = accelerator
+        self._images = run.images
         self._folder = run.path / "wandb"
         self._wandb: Any = None
+        self._wandb_step = 0  # the last that W&B had when it started
         self._start_wandb(run, config, mode)
+        for _, of_step in groupby(rows, key=lambda row: row["step"]):
+            self._show(list(of_step))  # what a crash kept from W&B
 
-    def log(self, group: str, row: Row, pictures: Mapping[str, Path] | None = None) -> None:
+    def log(self, *rows: Row) -> None:
         with naming(Path(self._metrics.name)):
-            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self._metrics.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
             self._metrics.flush()
-        if row["split"] == "test":
-            self._best = min(self._best, row["loss"])
-        with self._surviving_wandb():
-            if self._wandb is not None:
-                self._log_wandb(group, row, pictures or {})
+        self._show(rows)
 
     def sync(self) -> None:
         with naming(Path(self._metrics.name)):
@@ -101,17 +103,31 @@ class RunTracker(Tracker):
         self._accelerator.trackers.clear()
         self._accelerator.init_trackers(config.tracking.project, to_mapping(config), {"wandb": options | {"resume": "allow"}})
         self._wandb = self._accelerator.get_tracker("wandb", unwrap=True)
+        # The optimizer step is W&B's step. Offline, a restart goes on in a file of its own, which knows of no other.
+        self._wandb_step = last_step(self._folder) if self._wandb.offline else self._wandb.starting_step - 1
 
-    def _log_wandb(self, group: str, row: Row, pictures: Mapping[str, Path]) -> None:
+    def _show(self, rows: Sequence[Row]) -> None:
+        """Gives W&B the rows of a step, unless it has that step from before a crash."""
+        step = rows[0]["step"]
+        tests = [row for row in rows if row["split"] == "test"]
+        self._best = min([self._best, *(row["loss"] for row in tests)])
+        if self._wandb is None or step <= self._wandb_step:
+            return
+        with self._surviving_wandb():
+            values = {f"{_group(row)}/{key}": row[key] for row in rows for key in row if key not in ("split", "step")}
+            values |= {key: rows[0][key] for key in ("epoch", "images_seen")}
+            values |= self._pictures(tests)
+            # Committed at once: a step that W&B holds back for more of it would be lost in a crash.
+            self._accelerator.log(values, step=step, log_kwargs={"wandb": {"commit": True}})
+            if tests:
+                self._wandb.summary["best_test_loss"] = self._best
+
+    def _pictures(self, tests: Sequence[Row]) -> dict[str, Any]:
         import wandb
 
-        values: dict[str, Any] = {f"{group}/{name}": value for name, value in row.items() if name not in ("split", "step")}
-        values |= {f"images/{name}": wandb.Image(str(file)) for name, file in pictures.items()}
-        values |= {"epoch": row["epoch"], "images_seen": row["images_seen"]}
-        # The optimizer step is W&B's step: what a resumed run logs a second time, W&B drops.
-        self._accelerator.log(values, step=row["step"])
-        if row["split"] == "test":
-            self._wandb.summary["best_test_loss"] = self._best
+        names = ("reconstruction", "sample")
+        files = [(name, self._images / f"{name}_{row['epoch']}.png") for row in tests for name in names]
+        return {f"images/{name}": wandb.Image(str(file)) for name, file in files if file.is_file()}
 
     @contextlib.contextmanager
     def _surviving_wandb(
@@ -123,6 +139,11 @@ class RunTracker(Tracker):
         except Exception as error:  # wandb raises its own errors, those of its transport, and OSError
             self._wandb = None
             print(f"W&B failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {then}", flush=True)
+
+
+def _group(row: Row) -> str:
+    """The chart that a row belongs to: an epoch's training figure is not a point of the training curve."""
+    return "train_epoch" if row["split"] == "train" and "train_seconds" in row else str(row["split"])
 
 
 def wandb_mode(config: Config) -> str:

@@ -195,7 +195,7 @@ class Trainer:
             row = self._row("train", epoch, self.progress.window_sums) | self._step_figures() | {"images_per_second": speed}
             self.progress.window_sums = Sums()
             self._images_since_row, self._stopwatch = 0.0, Stopwatch()
-            on_first_rank(self.accelerator, lambda: self.tracker.log("train", row))
+            on_first_rank(self.accelerator, lambda: self.tracker.log(row))
             bar.set_postfix_str(f"loss {row['loss']:.2f}", refresh=False)
         if save_due or stop:
             self.save()
@@ -245,13 +245,12 @@ class Trainer:
 
     def _record_epoch(self, epoch: int, train: Row, test: Row) -> None:
         """Rank zero only."""
-        reconstruction = self.run.images / f"reconstruction_{epoch}.png"
-        sample = self.run.images / f"sample_{epoch}.png"
         images = as_images(self.test_pixels[: pictures.RECONSTRUCTIONS])
-        pictures.save_png(reconstruction, pictures.reconstructions(self.model, images))
-        pictures.save_png(sample, pictures.samples(self.model, pictures.SAMPLES, self.config.seed))
-        self.tracker.log("train_epoch", train)
-        self.tracker.log("test", test, {"reconstruction": reconstruction, "sample": sample})
+        reconstructions = pictures.reconstructions(self.model, images)
+        samples = pictures.samples(self.model, pictures.SAMPLES, self.config.seed)
+        pictures.save_png(self.run.images / f"reconstruction_{epoch}.png", reconstructions)
+        pictures.save_png(self.run.images / f"sample_{epoch}.png", samples)
+        self.tracker.log(train, test)
         print(
             f"epoch {epoch}/{self.config.trainer.epochs}: train {train['loss']:.4f}, test {test['loss']:.4f} nats per image "
             f"(bce {test['bce']:.2f} + kld {test['kld']:.2f}, n={test['n']}), {train['images_per_second']:,.0f} images/s",
