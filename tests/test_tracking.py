@@ -1,14 +1,17 @@
 """What W&B is told, read back from the offline run's file; and that nothing about W&B can stop a run."""
 
 import json
+import subprocess
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import Outcome, launch
+from tests.helpers import ROOT, Outcome, arguments, environment, launch
 from tests.wandb_file import WandbRun, offline_runs, read_wandb
 from vae_dist.config import Config, InputError, TrackingConfig
 from vae_dist.run import RunFolder
@@ -35,6 +38,7 @@ def test_the_offline_run_holds_config_figures_and_summary(trained: Path) -> None
     for figure in ("lr", "grad_norm", "images_per_second"):
         assert logged(wandb, f"train/{figure}") == [(row["step"], row[figure]) for row in curve]
     assert wandb.summary["best_test_loss"] == min(row["loss"] for row in tests)
+    assert wandb.exit_code == 0
 
 
 def test_the_offline_run_holds_the_pictures(trained: Path) -> None:
@@ -94,8 +98,59 @@ def test_an_unreachable_server_is_given_up_soon_and_the_run_recorded_offline(sma
     ]
 
 
+class _NoSuchKey(BaseHTTPRequestHandler):
+    """Answers every request as W&B answers a wrong key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.send_error(401)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_key_that_the_server_refuses_leaves_the_run_offline(small_root: Path, tmp_path: Path) -> None:
+    options = ["--data.root", small_root, "--model.hidden", 40, "--trainer.epochs", 1, "--output", tmp_path / "run"]
+    with ThreadingHTTPServer(("127.0.0.1", 0), _NoSuchKey) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = launch("vae_dist.train", *options, WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=url)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on offline") == 1
+    assert "401" in done.stdout
+    assert [step for wandb in offline_runs(tmp_path / "run") for step, _ in logged(wandb, "test/loss")] == [8]
+
+
+def test_a_full_disk_for_wandbs_files_does_not_stop_training(
+    quick: list[object], command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """A disk of 40 KiB, mounted where nobody else sees it, takes W&B's files; the run's own go where they always go."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs leave to mount a small disk (unshare -rm)")
+    run = tmp_path / "run"
+    assert command("train", *quick, "--output", run).status == 0
+    (run / "wandb").mkdir()
+    more = ["--trainer.epochs", 6, "--tracking.wandb", "offline"]
+    mount = f'mount -t tmpfs -o size=40k none "{run}/wandb" && exec "$@"'
+    job = arguments("vae_dist.train", *quick, *more, "--output", run)
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", mount, "-", *job],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("No space left on device") == 1
+    assert done.stdout.count("going on without it") == 1
+    assert [row["epoch"] for row in read_rows(run / "metrics.jsonl") if row["split"] == "test"] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
-    ("asked", "environment", "mode"),
+    ("asked", "variables", "mode"),
     [
         ("auto", {}, "offline"),
         ("auto", {"WANDB_API_KEY": "k"}, "online"),
@@ -107,12 +162,12 @@ def test_an_unreachable_server_is_given_up_soon_and_the_run_recorded_offline(sma
     ],
 )
 def test_the_mode_is_decided_without_asking(
-    asked: Any, environment: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    asked: Any, variables: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    for name, value in environment.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(Config(tracking=TrackingConfig(wandb=asked))) == mode
 
