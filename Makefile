@@ -59,7 +59,7 @@ test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_D
 	$(BIN)/python -m pytest -m slow tests/test_mnist.py -o addopts="--strict-markers --strict-config"
 
 test-crash: setup ## kill a run at 70 random moments and compare it with one left in peace (slow)
-	$(BIN)/python -m pytest -m slow tests/test_crash.py -o addopts="--strict-markers --strict-config"
+	$(BIN)/python -m pytest -m slow tests/test_crash.py tests/test_faults.py -o addopts="--strict-markers --strict-config"
 
 check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor, sigmoid
 
+from vae_dist.data.idx import idx_bytes
 from vae_dist.tracking import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -52,12 +53,6 @@ def reference_terms(run: Path, images: Tensor, noise: Tensor) -> tuple[Tensor, T
     p = sigmoid(hidden @ w["decoder.2.weight"].T + w["decoder.2.bias"])
     bce = -(images * p.log() + (1 - images) * (1 - p).log()).sum(1)
     return bce, -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(1)
-
-
-def idx_bytes(array: Tensor) -> bytes:
-    """A uint8 array as an IDX file."""
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
-    return header + bytes(array.contiguous().flatten().tolist())
 
 
 def write_idx_set(

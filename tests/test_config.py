@@ -120,6 +120,14 @@ def test_text_fields_hold_any_text_and_empty_sections_nothing(tmp_path: Path) ->
     config = parse(["--config", str(file)])
     assert (config.output, config.tracking.project, config.data) == ("none", "--seed", DataConfig())
     assert parse(["--output", "none", "--tracking.project", "true"]).tracking.project == "true"
+    assert parse(["--output=none", "--tracking.project=true"]).tracking.project == "true"
+
+
+@pytest.mark.parametrize("options", [["--trainer.deterministic", "true"], ["--trainer.deterministic=true"]])
+def test_switches_are_written_as_in_yaml(options: list[str]) -> None:
+    assert parse(options).trainer.deterministic
+    assert not parse([word.replace("true", "false") for word in options]).trainer.deterministic
+    assert parse(["--optimizer.clip_norm=none"]).optimizer.clip_norm is None
 
 
 def test_a_typo_in_a_file_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import idx_bytes, write_idx_set
+from tests.helpers import write_idx_set
 from vae_dist.config import DataConfig, InputError
 from vae_dist.data import as_images, glyphs, sources
-from vae_dist.data.idx import read_idx
+from vae_dist.data.idx import idx_bytes, read_idx
 
 IMAGES, LABELS = torch.arange(5 * 4 * 3, dtype=torch.uint8).view(5, 1, 4, 3), torch.tensor([3, 1, 4, 1, 5])
 

@@ -36,6 +36,7 @@ ORDER = [
     "guards",
     "trainer",
     "train",
+    "check",
     "generate",
 ]
 

@@ -140,7 +140,14 @@ def _take_config_option(args: Sequence[str]) -> tuple[Path | None, list[str]]:
 def _in_python_words(options: list[str]) -> list[str]:
     """`true`, `false` and `none` as tyro wants them, but for fields that hold any text."""
     text = {f"--{name}" for name, value in flat(Config()).items() if isinstance(value, str)}
-    return [arg if before in text else _WORDS.get(arg, arg) for before, arg in zip(["", *options], options, strict=False)]
+
+    def translated(before: str, arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        if equals and name not in text:
+            return f"{name}={_WORDS.get(value, value)}"
+        return arg if before in text else _WORDS.get(arg, arg)
+
+    return [translated(before, arg) for before, arg in zip(["", *options], options, strict=False)]
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -39,6 +39,12 @@ def read_idx(file: Path, dimensions: int) -> Tensor:
     return torch.frombuffer(content, dtype=torch.uint8, offset=header).view(shape)
 
 
+def idx_bytes(array: Tensor) -> bytes:
+    """An array of unsigned bytes as the content of an IDX file."""
+    header = bytes([0, 0, _UNSIGNED_BYTE, array.ndim]) + b"".join(length.to_bytes(4, "big") for length in array.shape)
+    return header + array.contiguous().numpy().tobytes()
+
+
 def _read(file: Path) -> bytearray:
     try:
         if file.suffix == ".gz":
