@@ -226,6 +226,23 @@ def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+def test_a_second_ctrl_c_does_not_wait(quick: list[object], tmp_path: Path) -> None:
+    slow = ["--model.hidden", 2000, 2000, "--data.batch_size", 500, "--trainer.epochs", 1000]
+    process = begin("vae_dist.train", *quick, *slow, "--output", tmp_path / "run")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "status.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    asked = time.monotonic()
+    out, _ = process.communicate(timeout=20)
+    assert time.monotonic() - asked < 5
+    assert process.returncode == 130, out
+    assert "Traceback" not in out
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
+
+
 def test_the_time_limit_ends_the_run_with_75_and_the_same_command_goes_on(
     quick: list[object], command: Command, tmp_path: Path
 ) -> None:

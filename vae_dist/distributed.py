@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_AT_ONCE = 130  # as shells tell of Ctrl-C
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
 
 
@@ -225,6 +226,8 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
         if is_spokesman() or isinstance(error, OSError):  # other errors are those of all ranks
             print(f"error: {in_words(error)}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if is_input else EXIT_FAILED
+    except KeyboardInterrupt:
+        status = EXIT_AT_ONCE
     else:
         if dist.is_initialized():
             dist.barrier()  # nobody hangs up while others still speak

@@ -100,7 +100,7 @@ def run_to_end(trainer: Trainer, accelerator: Accelerator) -> int:
     except BaseException as error:
         if accelerator.is_main_process:
             with contextlib.suppress(OSError):  # a full disk may be why
-                trainer.set_status("failed", in_words(error))
+                trainer.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", in_words(error))
         raise
     finally:
         where = trainer.tracker.close(status)
