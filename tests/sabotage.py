@@ -1,4 +1,4 @@
-"""Run in real processes by test_distributed: vae_dist.train, but something goes wrong on one rank.
+"""Run in real processes: vae_dist.train, but something goes wrong, on one rank or in its gradients.
 
 python -m tests.sabotage FAULT [options of vae_dist.train]
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vae_dist import distributed, train
 from vae_dist.data import sources
@@ -63,6 +64,11 @@ def another_seed() -> None:
     sys.argv += ["--seed", "6"]
 
 
+def averaged_gradients() -> None:
+    """As DDP has them by itself."""
+    DistributedDataParallel.register_comm_hook = lambda *_: None  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "weight": lambda: at_step(last_bit_of_a_weight),
     "moment": lambda: at_step(a_moment),
@@ -70,11 +76,12 @@ FAULTS: dict[str, Callable[[], None]] = {
     "data": other_data,
     "software": other_software,
     "seed": another_seed,
+    "average": averaged_gradients,
 }
 
 
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
-    if int(os.environ["RANK"]) == RANK:
+    if int(os.environ.get("RANK", "0")) == RANK or fault == "average":
         FAULTS[fault]()
     distributed.run_entry_point(train.main)

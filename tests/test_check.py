@@ -9,8 +9,8 @@ from vae_dist import check
 from vae_dist.check import Apart
 from vae_dist.config import InputError
 
-ALIKE = Apart(weights=1e-7, losses=1e-4, first_losses=1e-8, test_loss=1e-5)  # as the default mode may be
-SAME = Apart(0.0, 0.0, 0.0, 1e-16)
+ALIKE = Apart(weights=1e-7, losses=1e-4, first_losses=1e-8, first_norms=1e-7, test_loss=1e-5)  # as the default mode may be
+SAME = Apart(0.0, 0.0, 0.0, 0.0, 1e-16)
 
 
 def test_two_processes_agree_with_one() -> None:
@@ -18,8 +18,17 @@ def test_two_processes_agree_with_one() -> None:
     assert done.returncode == 0, done.stderr
     row = next(line.split() for line in done.stdout.splitlines() if line.startswith("2 "))
     assert row[4] == "identical", "the weights in bitwise mode"
-    assert 0 < float(row[2]) < 1e-6, "the losses in the default mode"
-    assert "ok: the same bits in bitwise mode" in done.stdout
+    assert "ok: the same weights in bitwise mode" in done.stdout
+
+
+def test_averaged_gradients_are_found_out_though_adam_hides_them(
+    monkeypatch: pytest.MonkeyPatch, command: Callable[..., Outcome]
+) -> None:
+    monkeypatch.setattr(check, "_PROGRAM", ("tests.sabotage", "average"))
+    outcome = command("check", "--world", "1, 2")
+    assert outcome.status == 1
+    assert "FAILED: the norms of the first 10 gradients differ by 5.0e-01 with 2 processes" in outcome.out
+    assert outcome.out.count("FAILED") == 1, "neither the losses nor bitwise mode show it"
 
 
 @pytest.mark.parametrize("world", ["1", "2,2", "1,two", "0,1", "1,-2", "1;2"])
@@ -44,6 +53,7 @@ def test_without_a_wish_it_takes_what_the_machine_has() -> None:
     [
         (ALIKE, SAME, ""),
         (ALIKE._replace(first_losses=2e-6), SAME, "the first 10 losses differ by 2.0e-06 with 2 processes"),
+        (ALIKE._replace(first_norms=0.5), SAME, "the norms of the first 10 gradients differ by 5.0e-01"),
         (ALIKE, SAME._replace(weights=1e-12), "weights in bitwise mode differ"),
         (ALIKE, SAME._replace(losses=1e-8), "losses in bitwise mode differ"),
         (ALIKE, SAME._replace(test_loss=1e-8), "evaluation in bitwise mode differ"),

@@ -13,7 +13,6 @@ import pytest
 
 from tests.helpers import Outcome, begin, launch, records
 from vae_dist.data.order import Partition, epoch_order
-from vae_dist.tracking import read_rows
 
 FIRST_EPOCH = "step_00000008"
 ENDLESS = ["--trainer.epochs", 10_000]
@@ -30,6 +29,7 @@ def state(run: Path) -> str:
     ("fault", "options", "told"),
     [
         ("weight", ["--trainer.check_ranks_every", 3], ["rank 1 differs", "step 12, in decoder.2.bias", "alike at step 9"]),
+        ("weight", ["--checkpoint.every_steps", 4, "--checkpoint.keep", 1], ["rank 1 differs", "step 12, in decoder.2.bias"]),
         ("moment", [], ["rank 1 differs", "optimizer.decoder.2.bias.exp_avg_sq", "alike at step 8"]),
         ("nan", [], ["loss is not finite", "step 12 (epoch 2)", "learning rate 0.001", f"43 images on rank 1: {SHARE}, …"]),
     ],
@@ -63,11 +63,12 @@ def test_ranks_that_are_not_alike_do_not_start(fault: str, told: str, quick: lis
 
 
 def begin_running(options: list[object], run: Path, restarts: int = 0) -> tuple["subprocess.Popen[str]", list[int]]:
-    """A run on two processes that has begun to train, and the ids of its workers."""
+    """A run on two processes that has a checkpoint, and the ids of its workers."""
     more = ["--output", run, "--tracking.log_every", 1]
     launcher = begin("vae_dist.train", *options, *more, processes=2, restarts=restarts)
     deadline = time.monotonic() + 60
-    while not read_rows(run / "metrics.jsonl") and time.monotonic() < deadline:
+    while not list(run.glob("checkpoints/step_*")):
+        assert time.monotonic() < deadline, "it does not begin to train"
         time.sleep(0.05)
     return launcher, [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
@@ -99,15 +100,16 @@ def test_a_killed_launcher_leaves_no_worker_behind(quick: list[object], tmp_path
     assert state(tmp_path / "run") == "interrupted"
 
 
-def test_a_killed_rank_takes_the_others_with_it(quick: list[object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_takes_the_others_with_it(rank: int, quick: list[object], tmp_path: Path) -> None:
     launcher, workers = begin_running([*quick, *ENDLESS], tmp_path / "run")
-    os.kill(workers[1], signal.SIGKILL)
+    os.kill(workers[rank], signal.SIGKILL)
     out, _ = launcher.communicate(timeout=30)
     assert launcher.returncode != 0
     assert gone(workers)
-    assert out.count("error: another process of this run is gone") == 1
+    assert out.count(f"error: rank {1 - rank}: another process of this run is gone") == 1
     assert "vae_dist/train.py" not in out, "no traceback of ours"
-    assert state(tmp_path / "run") == "failed"
+    assert state(tmp_path / "run") == ("failed" if rank else "running"), "only rank zero writes there"
 
 
 @pytest.mark.slow
@@ -116,19 +118,20 @@ def test_a_silent_rank_is_given_up_after_the_time_limit(quick: list[object], tmp
     launcher, workers = begin_running([*quick, *ENDLESS, "--trainer.timeout_minutes", 0.1], tmp_path / "run")
     os.kill(workers[1], signal.SIGSTOP)
     out, _ = launcher.communicate(timeout=60)
-    assert "error: another process of this run is gone, or was silent" in out
+    assert "error: rank 0: another process of this run is gone, or was silent" in out
     assert gone(workers)
 
 
 def test_the_launcher_brings_a_killed_run_back_by_itself(
     quick: list[object], command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    epochs = ["--trainer.deterministic", "true", "--trainer.epochs", 25]
+    epochs = ["--trainer.deterministic", "true", "--trainer.epochs", 50]
     launcher, workers = begin_running([*quick, *epochs], tmp_path / "run", restarts=1)
     os.kill(workers[0], signal.SIGKILL)
     out, _ = launcher.communicate(timeout=90)
     assert launcher.returncode == 0, out
-    assert out.count("finished: 25 epochs") == 1
+    assert out.count("going on from") == 1
+    assert out.count("finished: 50 epochs") == 1
     assert command("train", *quick, *epochs, "--tracking.log_every", 1, "--output", tmp_path / "whole").status == 0
     assert records(tmp_path / "run") == records(tmp_path / "whole")
     sums = {hashlib.sha256((tmp_path / run / "model.safetensors").read_bytes()).hexdigest() for run in ("run", "whole")}

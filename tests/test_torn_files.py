@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import Outcome
+from tests.helpers import Outcome, refused
 from vae_dist import checkpoint
 from vae_dist.checkpoint import Checkpoint, folder_of_step, newest_whole
 from vae_dist.config import Config, InputError, ModelConfig
@@ -22,6 +23,7 @@ from vae_dist.model import build_model
 from vae_dist.optimizer import build_optimizer
 from vae_dist.run import load_model
 from vae_dist.state import Progress, pack, unpack
+from vae_dist.tracking import read_rows
 
 SMALL = Config(model=ModelConfig(hidden=(5,), latent_dim=3))
 JSON = st.recursive(
@@ -169,6 +171,67 @@ def test_optimizer_tensors_that_do_not_fit_are_refused(
         model = build_model(SMALL.model, (1, 8, 8), seed=1)
         with pytest.raises(InputError, match=f"{tmp_path}: the optimizer's "):
             unpack(saved, tmp_path, model, build_optimizer(SMALL.optimizer, model), None)
+
+
+FORGED_SHAPES = [
+    "[1, 1e999, 28]",
+    "[1, 1e9, 1e9]",
+    "[1, -1, 28]",
+    "[1, 28]",
+    '"abc"',
+    "[1, 1000000000, 1000000000]",
+    "[1, true, null]",
+]
+
+
+@pytest.mark.parametrize("shape", FORGED_SHAPES)
+def test_a_description_of_impossible_sizes_is_refused(shape: str, finished: Path, command: Callable[..., Outcome]) -> None:
+    file = finished / "config.json"
+    file.write_text(re.sub(r'"image_shape": \[[^]]*\]', f'"image_shape": {shape}', file.read_text()))
+    outcome = command("evaluate", finished)
+    assert outcome.status == 2
+    assert outcome.err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("width", [10**13, 10**7, 41])
+def test_a_description_of_another_network_is_refused(width: int, finished: Path, command: Callable[..., Outcome]) -> None:
+    """Without taking the memory that it claims."""
+    description = json.loads((finished / "config.json").read_text())
+    description["config"]["model"]["hidden"] = [width]
+    (finished / "config.json").write_text(json.dumps(description))
+    outcome = command("evaluate", finished)
+    assert outcome.status == 2
+    assert outcome.err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("scale", [[2.0, 2.0], [float("nan")], [0.0], [-1.0], [float("inf")]])
+def test_a_loss_scale_that_is_none_is_refused(scale: list[float], whole: Checkpoint, tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    model = build_model(SMALL.model, (1, 8, 8), seed=1)
+    optimizer = build_optimizer(SMALL.optimizer, model)
+    good = {"scaler.scale": torch.tensor([8.0]), "scaler._growth_tracker": torch.tensor(3.0)}
+    unpack(whole._replace(trainer=whole.trainer | good), tmp_path, model, optimizer, scaler)
+    assert scaler.get_scale() == 8.0
+    forged = whole.trainer | good | {"scaler.scale": torch.tensor(scale)}
+    with pytest.raises(InputError, match=str(tmp_path)):
+        unpack(whole._replace(trainer=forged), tmp_path, model, optimizer, scaler)
+
+
+@pytest.mark.parametrize("key", ["step", "epoch", "loss"])
+@given(value=JSON)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_rows_of_other_types_are_refused(key: str, value: object, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps({"split": "test", "epoch": 1, "step": 1, "loss": 2.0} | {key: value}) + "\n")
+    with contextlib.suppress(InputError):
+        (row,) = read_rows(file)
+        assert isinstance(row["step"] + row["epoch"] + row["loss"], (int, float))
+
+
+def test_a_date_that_is_none_is_not_yaml(finished: Path, quick: list[object], command: Callable[..., Outcome]) -> None:
+    (finished / "config.yaml").write_text("seed: 2001-99-99\n")
+    refused(command("train", *quick, "--output", finished), "config.yaml: not YAML")
+    refused(command("train", "--config", finished / "config.yaml"), "config.yaml: not YAML")
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {

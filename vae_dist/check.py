@@ -5,6 +5,7 @@ python -m vae_dist.check --world 1,2,3
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,10 @@ from vae_dist.options import command_line
 from vae_dist.tracking import read_rows
 
 _TRAIN_IMAGES, _TEST_IMAGES = 2000, 500
+_PROGRAM = ("vae_dist.train",)
 _JOB = "16 steps of the default job on 2,000 embedded digits"
 _STEPS_ALIKE = 10  # before rounding may send two runs apart
-_LOSS_LIMIT = 1e-6  # relative, in the default mode
+_LOSS_LIMIT, _GRADIENT_LIMIT = 1e-6, 1e-5  # relative, in the default mode; Adam would hide a wrong gradient from the losses
 _SUM_LIMIT = 1e-9  # relative, of float64 sums of the same terms in another order
 
 
@@ -45,7 +47,7 @@ class Options:
         gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
         if not self.world:
             return sorted({1, 2, gpus} if gpus > 1 else {1, 2, min(4, cores)})
-        numbers = self.world.split(",")
+        numbers = [number.strip() for number in self.world.split(",")]
         if not all(number.isdecimal() and int(number) > 0 for number in numbers) or len(set(map(int, numbers))) < 2:
             raise InputError(f"--world {self.world}: must be two or more different numbers of processes, such as 1,2,3")
         return list(dict.fromkeys(map(int, numbers)))
@@ -56,6 +58,7 @@ class Result(NamedTuple):
 
     weights: torch.Tensor  # all of them, in a row
     losses: torch.Tensor  # float64, of each step
+    norms: torch.Tensor  # float64, of the gradient of each step
     test_loss: float
 
 
@@ -65,6 +68,7 @@ class Apart(NamedTuple):
     weights: float
     losses: float  # the largest of any step
     first_losses: float  # the largest of the first ten
+    first_norms: float
     test_loss: float
 
 
@@ -73,6 +77,7 @@ def main(args: list[str] | None = None) -> int:
     worlds = options.worlds()
     if "RANK" in os.environ:
         raise InputError("vae_dist.check starts the processes by itself: start it with plain `python -m vae_dist.check`")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end what was started, as after Ctrl-C
     on_gpus = torch.cuda.device_count() >= max(worlds)
     where = torch.cuda.get_device_name() if on_gpus else f"CPU ({len(os.sched_getaffinity(0))} cores of {platform.machine()})"
     print(f"vae_dist {__version__}, torch {torch.__version__}, on {where}: {_JOB}", flush=True)
@@ -112,26 +117,32 @@ def _run(folder: Path, processes: int, deterministic: bool, on_gpus: bool) -> Re
         "tracking.wandb": "disabled",
     }
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
-    command = [sys.executable, "-m", *launcher, "vae_dist.train", *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, "-m", *launcher, *_PROGRAM, *(f"--{name}={value}" for name, value in options.items())]
     environment = os.environ if on_gpus else os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    job = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            _, errors = job.communicate()
+        except KeyboardInterrupt:
+            job.terminate()  # a launcher tells its processes, and waits for them
+            raise
     if job.returncode != 0:
-        lines = job.stderr.strip().splitlines()
+        lines = errors.strip().splitlines()
         said = [line for line in lines if line.startswith("error: ")] or lines[-5:]
         raise TrainingFailed(f"{processes} processes ended with status {job.returncode}: {' / '.join(said)}")
     tensors = read_tensors(output / "model.safetensors")
     *steps, _, test = read_rows(output / "metrics.jsonl")
-    losses = torch.tensor([row["loss"] for row in steps], dtype=torch.float64)
-    return Result(torch.cat([tensors[name].flatten() for name in sorted(tensors)]), losses, test["loss"])
+    losses, norms = (torch.tensor([row[name] for row in steps], dtype=torch.float64) for name in ("loss", "grad_norm"))
+    return Result(torch.cat([tensors[name].flatten() for name in sorted(tensors)]), losses, norms, test["loss"])
 
 
 def _apart(result: Result, reference: Result) -> Apart:
     difference = (result.weights.double() - reference.weights.double()).norm() / reference.weights.double().norm()
-    losses = (result.losses / reference.losses - 1).abs()
+    losses, norms = (result.losses / reference.losses - 1).abs(), (result.norms / reference.norms - 1).abs()
     return Apart(
         weights=difference.item(),
         losses=losses.max().item(),
         first_losses=losses[:_STEPS_ALIKE].max().item(),
+        first_norms=norms[:_STEPS_ALIKE].max().item(),
         test_loss=abs(result.test_loss / reference.test_loss - 1),
     )
 
@@ -153,6 +164,8 @@ def _shown(difference: float) -> str:
 def verdict(default: dict[int, Apart], bitwise: dict[int, Apart]) -> int:
     """Says whether the differences are those that must be there. The exit status."""
     problems = _beyond({f"the first {_STEPS_ALIKE} losses": {n: a.first_losses for n, a in default.items()}}, _LOSS_LIMIT)
+    norms = {f"the norms of the first {_STEPS_ALIKE} gradients": {n: a.first_norms for n, a in default.items()}}
+    problems += _beyond(norms, _GRADIENT_LIMIT)
     problems += _beyond({"weights in bitwise mode": {n: a.weights for n, a in bitwise.items()}}, 0.0)
     sums = {"losses in bitwise mode": {n: a.losses for n, a in bitwise.items()}}
     sums |= {"evaluation in bitwise mode": {n: a.test_loss for n, a in bitwise.items()}}
@@ -161,7 +174,8 @@ def verdict(default: dict[int, Apart], bitwise: dict[int, Apart]) -> int:
         print("\n".join(f"FAILED: {problem}" for problem in problems))
         return EXIT_FAILED
     first = max(apart.first_losses for apart in default.values())
-    print(f"ok: the same bits in bitwise mode; the first {_STEPS_ALIKE} losses agree to {first:.0e} in the default mode")
+    alike = f"the first {_STEPS_ALIKE} losses of the default mode agree to {first:.0e}"
+    print(f"ok: the same weights in bitwise mode, to the bit; {alike}")
     return 0
 
 

@@ -94,7 +94,7 @@ class TrainerConfig:
     deterministic: bool = False
     """Weights that are the same to the last bit at any number of processes, and slower."""
     check_ranks_every: int | None = None
-    """Steps between two comparisons of all processes' weights and optimizer state, bit by bit. None: once an epoch."""
+    """Steps between two comparisons of all processes' weights and optimizer state, bit by bit. None: before each save."""
     timeout_minutes: float = 10.0
     """How long a process waits for the others before the run fails. More than they may take to download the data set."""
 

@@ -1,5 +1,6 @@
 """What several processes do together: start, sum figures, decide, fail and end."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -103,9 +104,13 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
 
 
 def _meet(_: str, timeout: timedelta, **options: object) -> Iterator[tuple[Store, int, int]]:
-    """The launcher's store, under a name of this restart: torch's agent keeps the addresses of the dead in it."""
+    """The launcher's store, under a name of this restart: torch's agent keeps the addresses of the dead in it.
+
+    Not on several machines, whose agents each count the restarts in their own way.
+    """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    yield PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, world_size
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else "any"
+    yield PrefixStore(f"restart {restart}", store), rank, world_size
 
 
 register_rendezvous_handler(_MEETING, _meet)  # type: ignore[no-untyped-call]
@@ -203,8 +208,9 @@ def in_words(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     if _is_lost_peer(error):
         return (
-            "another process of this run is gone, or was silent for longer than --trainer.timeout_minutes; start the same "
-            f"command again to go on from the newest checkpoint ({' '.join(str(error).split())[:300]})"
+            f"rank {os.environ.get('RANK', '0')}: another process of this run is gone, or was silent for longer than "
+            "--trainer.timeout_minutes; start the same command again to go on from the newest checkpoint "
+            f"({' '.join(str(error).split())[:300]})"
         )
     return str(error) if isinstance(error, (InputError, OSError, TrainingFailed)) else repr(error)
 
@@ -212,7 +218,7 @@ def in_words(error: BaseException) -> str:
 def _is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because of another process; gloo says so in a plain RuntimeError."""
     by_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    return by_gloo or isinstance(error, dist.DistBackendError)
+    return by_gloo or isinstance(error, dist.DistError)
 
 
 def run_entry_point(main: Callable[[], int]) -> NoReturn:
@@ -223,14 +229,16 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
         is_input = isinstance(error, (InputError, OSError))
         if not is_input and not isinstance(error, TrainingFailed) and not _is_lost_peer(error):
             raise
-        if is_spokesman() or isinstance(error, OSError):  # other errors are those of all ranks
+        # What all ranks know is said once; the spokesman may be the very process that is lost.
+        if is_spokesman() or isinstance(error, OSError) or _is_lost_peer(error):
             print(f"error: {in_words(error)}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if is_input else EXIT_FAILED
     except KeyboardInterrupt:
         status = EXIT_AT_ONCE
     else:
         if dist.is_initialized():
-            dist.barrier()  # nobody hangs up while others still speak
+            with contextlib.suppress(RuntimeError):  # whoever is gone by now has done its work
+                dist.barrier()  # nobody hangs up while others still speak
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -89,7 +89,7 @@ def load_pixels(config: DataConfig, accelerator: Accelerator, train: bool, shape
         sides = ("x".join(map(str, size)) for size in (pixels.shape[1:], shape))
         raise InputError(f"--data.root {config.root}: images of {' pixels, where '.join(sides)} are expected")
     name = f"the SHA-256 of the {'training' if train else 'test'} images in --data.root"
-    require_same(accelerator, lambda: {name: hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]})
+    require_same(accelerator, lambda: {name: hashlib.sha256(pixels.numpy().data).hexdigest()[:16]})
     return pixels.to(accelerator.device)
 
 

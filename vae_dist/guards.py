@@ -14,8 +14,8 @@ from vae_dist.distributed import TrainingFailed, differences_of_ranks
 from vae_dist.optimizer import learning_rate
 
 REMEDY = (
-    "Nothing was saved since it was; the newest checkpoint is good. "
-    "Try a lower --optimizer.lr, --optimizer.warmup_steps, or --optimizer.clip_norm"
+    "Nothing was saved since it was. Try another --output with a lower --optimizer.lr, with --optimizer.warmup_steps, or with "
+    "--optimizer.clip_norm"
 )
 _IMAGES_NAMED, _TENSORS_NAMED = 16, 4
 
@@ -50,16 +50,17 @@ class DriftGuard:
 
     def compare(self, step: int, pack: Callable[[], Checkpoint]) -> None:
         """Raises TrainingFailed on all ranks, naming those that differ. All ranks call it; one alone has none to ask."""
-        if self._accelerator.num_processes == 1:
+        if self._accelerator.num_processes == 1 or step == self._agreed:
             return
         if found := differences_of_ranks(self._accelerator, _digests(pack())):
             ranks = sorted({difference.rank for difference in found})
             names = list(dict.fromkeys(difference.name for difference in found))
-            others = "the others" if self._accelerator.num_processes > 2 else "rank 0"
+            is_minority = 2 * len(ranks) < self._accelerator.num_processes
+            others = "the others" if is_minority else "the rest (which are wrong cannot be told)"
             before = "from the start" if self._agreed is None else f"all were alike at step {self._agreed}"
             raise TrainingFailed(
                 f"rank {_listed(ranks)} differs from {others} at step {step}, in {_listed(names, _TENSORS_NAMED)}; {before}. "
-                "Look for faulty hardware there; remove the checkpoints after that step, and start the same command again"
+                "Look for faulty hardware; the newest checkpoint is of a step where all were alike"
             )
         self._agreed = step
 
@@ -67,7 +68,7 @@ class DriftGuard:
 def _digests(state: Checkpoint) -> dict[str, str]:
     """A SHA-256 of each tensor of a packed state, and of the rest."""
     tensors = state.model | state.trainer
-    found = {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    found = {name: hashlib.sha256(tensor.cpu().numpy().data).hexdigest() for name, tensor in tensors.items()}
     return found | {"progress": hashlib.sha256(repr(state.progress).encode()).hexdigest()}
 
 

@@ -166,7 +166,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise InputError(f"--config {file}: {error.strerror or error}; name a YAML file, such as configs/mnist.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

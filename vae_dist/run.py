@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import operator
 import secrets
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import safetensors.torch
+import torch
 import yaml
 from torch import Tensor
 
@@ -71,7 +73,7 @@ class RunFolder:
             values = yaml.safe_load(self._config.read_text())
         except OSError as error:
             raise InputError(f"{self._config}: {error.strerror}; is {self.path} the folder of a run?") from None
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise InputError(f"{self._config}: not YAML") from None
         if not isinstance(values, dict):
             raise InputError(f"{self._config}: not a run's config")
@@ -130,13 +132,14 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
     try:
         description, tensors = _read_checkpoint(folder) if is_checkpoint(folder) else _read_final(folder)
         config = from_mapping(description["config"], folder / "config.json")
-        channels, height, width = (int(side) for side in description["image_shape"])
-        model = VAE(config.model, (channels, height, width))
+        channels, height, width = (operator.index(side) for side in description["image_shape"])
+        with torch.device("meta"):  # takes no memory, whatever sizes a damaged description claims
+            model = VAE(config.model, (channels, height, width))
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read: {error}") from None
-    restore_weights(model, tensors, folder)
+    restore_weights(model, tensors, folder, assign=True)
     return model.eval(), config
 
 
@@ -162,9 +165,11 @@ def _read_final(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return description, tensors
 
 
-def restore_weights(model: VAE, tensors: dict[str, Tensor], source: Path) -> None:
-    """Loads weights by name. Raises InputError where they are not this model's."""
+def restore_weights(model: VAE, tensors: dict[str, Tensor], source: Path, assign: bool = False) -> None:
+    """Loads weights by name, into the model's memory or in its place. Raises InputError where they are not this model's."""
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        raise InputError(f"{source}: the weights are not float32")
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
         raise InputError(f"{source}: the weights do not fit the model: {' '.join(str(error).split())}") from None

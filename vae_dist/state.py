@@ -61,10 +61,12 @@ def unpack(saved: Checkpoint, source: Path, model: VAE, optimizer: torch.optim.O
     try:
         load_optimizer_tensors(optimizer, model, saved.trainer)
         if scaler is not None:
-            restored = {name: float(saved.trainer[f"scaler.{name}"]) for name in _SCALER_STATE}
+            restored = {name: saved.trainer[f"scaler.{name}"].item() for name in _SCALER_STATE}
+            if not 0 < restored["scale"] < math.inf:
+                raise TypeError(f"{restored['scale']} is no loss scale")
             scaler.load_state_dict(scaler.state_dict() | restored)
         return Progress.from_json(saved.progress)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{source}: not a checkpoint of this version: {error}") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import netrc
 import os
 from collections.abc import Iterator, Sequence
@@ -175,10 +176,10 @@ def read_rows(metrics: Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            if not {"split", "epoch", "step", "loss"} <= row.keys():
+            if type(row["step"]) is not int or type(row["epoch"]) is not int or not math.isfinite(row["loss"]):
                 raise ValueError
-            rows.append(row)
-        except (ValueError, AttributeError, RecursionError):
+            rows.append(row | {"split": str(row["split"])})
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines) or line.endswith(b"\n"):
                 raise InputError(f"{metrics}: line {number} is not a row of a run; mend or remove it") from None
     return rows

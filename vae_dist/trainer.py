@@ -186,7 +186,7 @@ class Trainer:
         save_due = _is_due(step, self.config.checkpoint.every_steps)
         compare_due = _is_due(step, self.config.trainer.check_ranks_every)
         stop = self.stopping.is_agreed(step)
-        if row_due or save_due or stop:
+        if row_due or save_due or compare_due or stop:
             self._reduce_sums()
         if compare_due:
             self.drift_guard.compare(step, self._packed)
@@ -213,7 +213,7 @@ class Trainer:
         self._images_since_row += sums[-1]
 
     def _require_finite(self, is_finite: bool, what: str) -> None:
-        """Raises TrainingFailed on all ranks, since all have the same figures and weights, before anything is saved."""
+        """Raises TrainingFailed on all ranks: it is asked about figures and tensors that all have alike."""
         if not is_finite:
             step, rate = self.progress.step, self.optimizer.param_groups[0]["lr"]
             epoch = -(-step // self.partition.steps)
@@ -259,16 +259,19 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of this moment, then drops the oldest. Rank zero writes; all ranks hear of a failure."""
-        self._require_finite(all(bool(p.isfinite().all()) for p in self.model.parameters()), "a weight")
-        on_first_rank(self.accelerator, self._save)
+        self.drift_guard.compare(self.progress.step, self._packed)
+        state = self._packed()
+        finite = torch.stack([tensor.isfinite().all().cpu() for tensor in (state.model | state.trainer).values()])
+        self._require_finite(bool(finite.all()), "the state of the model or the optimizer")
+        on_first_rank(self.accelerator, lambda: self._save(state))
 
     def _packed(self) -> Checkpoint:
         return pack(self.config, self.model, self.optimizer, self.accelerator.scaler, self.progress)
 
-    def _save(self) -> None:
+    def _save(self, state: Checkpoint) -> None:
         folder = checkpoint.folder_of_step(self.run.checkpoints, self.progress.step)
         self.tracker.sync()  # a checkpoint says that the rows before it are on the disk
-        checkpoint.write(folder, self._packed())
+        checkpoint.write(folder, state)
         checkpoint.prune(folder, self.config.checkpoint.keep)
         self.set_status("running", "training")
 

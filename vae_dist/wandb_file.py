@@ -27,7 +27,7 @@ def records(file: Path) -> Iterator[Any]:
 
 
 def last_step(folder: Path) -> int:
-    """The last optimizer step in the files of all W&B runs below a folder; 0 where there is none."""
+    """The last optimizer step in the files of all W&B runs below a folder, online ones too; 0 where there is none."""
     files = folder.glob("*run-*/*.wandb")
     return max((r.history.step.num for file in files for r in records(file) if r.HasField("history")), default=0)
 
