@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vae_dist.checkpoint import write_atomically
 from vae_dist.config import DataConfig, InputError
-from vae_dist.data import as_images, sources
+from vae_dist.data import gather, sources
 from vae_dist.data.order import Partition
 from vae_dist.distributed import on_first_rank, require_same, run_entry_point, start, sum_over_ranks, together
 from vae_dist.model import VAE, Output, reparameterize
@@ -54,7 +54,7 @@ def evaluate(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator, pr
     totals = torch.zeros(4, dtype=torch.float64, device=pixels.device)
     mine = partition.of_rank(order, accelerator.process_index).flatten(1)
     for indices in tqdm(mine, desc="evaluating", disable=None if progress and accelerator.is_main_process else True):
-        images = as_images(pixels[indices.clamp(min=0)])
+        images = gather(pixels, indices)
         posterior = model.encode(images)
         latents = reparameterize(posterior, normal(key, indices, model.latent_dim))
         terms = negative_elbo(Output(model.decoder(latents), *posterior), images, model.likelihood)

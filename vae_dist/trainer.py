@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vae_dist import checkpoint, pictures
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config, InputError, deterministic_rows
-from vae_dist.data import as_images
+from vae_dist.data import as_images, gather
 from vae_dist.data.order import Partition, epoch_order, even_rows
 from vae_dist.distributed import TrainingFailed, on_first_rank, sum_over_ranks
 from vae_dist.evaluate import evaluate
@@ -158,12 +158,12 @@ class Trainer:
 
     def _forward_backward(self, indices: Tensor, noise: Tensor) -> None:
         """Adds the gradient of the summed loss of some images, and their sums; fillers weigh nothing."""
-        images = as_images(self.train_pixels[indices.clamp(min=0)])
-        is_image = indices >= 0
+        images = gather(self.train_pixels, indices)
         terms = negative_elbo(self.wrapped(images, noise), images, self.model.likelihood)
-        self.accelerator.backward(terms.loss.where(is_image, 0).sum())
-        columns = torch.stack([terms.bce.detach(), terms.kld.detach(), torch.ones_like(noise[:, 0])])
-        self._sums[self.progress.step - self._reduced_step] += columns.where(is_image, 0).sum(1)
+        columns = torch.stack([terms.bce, terms.kld, torch.ones_like(terms.kld)])
+        sums = columns.where(indices >= 0, 0).sum(1)
+        self.accelerator.backward(sums[0] + sums[1])
+        self._sums[self.progress.step - self._reduced_step] += sums.detach()
 
     def _scale_and_clip(self) -> None:
         """Undoes fp16's loss scale, clips, and measures the gradient where a row will tell its norm."""
