@@ -9,13 +9,14 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash bench check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  CONFIG=FILE     recipe of the train targets (configs/glyphs.yaml)"
 	@echo "  ARGS='...'      more options, such as ARGS='--trainer.epochs 3'; see $(BIN)/python -m vae_dist.train --help"
+	@echo "  DATA=DIR        where MNIST lies, or is downloaded to, for bench"
 	@echo "  NUM_PROCESSES=N processes of the train-multi targets"
 
 setup: .venv/ready ## make the environment: .venv, with what requirements.lock pins
@@ -60,6 +61,9 @@ test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_D
 
 test-crash: setup ## kill a run at 70 random moments and compare it with one left in peace (slow)
 	$(BIN)/python -m pytest -m slow tests/test_crash.py tests/test_faults.py -o addopts="--strict-markers --strict-config"
+
+bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST in DATA (data); some ten minutes
+	$(BIN)/python -m benchmarks.bench --data $(or $(DATA),data)
 
 check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .
