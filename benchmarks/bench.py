@@ -26,7 +26,7 @@ from vae_dist.tracking import read_rows
 
 HERE = Path(__file__).parent
 EPOCHS = 2
-ROW = "{:<34}{:>14}{:>12}{:>10}{:>10}{:>9}{:>9}"
+ROW = "{:<46}{:>18}{:>12}{:>10}{:>10}{:>9}{:>9}"
 
 
 class Case(NamedTuple):

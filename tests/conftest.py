@@ -51,6 +51,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
         code = end.value.code
         return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
 
