@@ -152,6 +152,15 @@ def test_json_of_other_types_under_a_right_hash_is_refused_or_means_the_same(
         load_model(folder)
 
 
+@pytest.mark.parametrize("forged", [{}, {"config": 3}, {"config": {"seed": "x"}}, []])
+def test_a_checkpoint_that_describes_no_config_is_not_gone_on_from(
+    forged: Any, whole: Checkpoint, quick: list[object], command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    source = folder_of_step(tmp_path / "checkpoints", 7)
+    checkpoint.write(source, whole._replace(config=forged))
+    refused(command("train", *quick, "--resume", source, "--output", tmp_path / "run"), "step_00000007")
+
+
 TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
     "missing": lambda tensor: None,
     "of another shape": lambda tensor: torch.zeros(2, 3),

@@ -163,13 +163,19 @@ def _shown(difference: float) -> str:
 
 def verdict(default: dict[int, Apart], bitwise: dict[int, Apart]) -> int:
     """Says whether the differences are those that must be there. The exit status."""
-    problems = _beyond({f"the first {_STEPS_ALIKE} losses": {n: a.first_losses for n, a in default.items()}}, _LOSS_LIMIT)
-    norms = {f"the norms of the first {_STEPS_ALIKE} gradients": {n: a.first_norms for n, a in default.items()}}
-    problems += _beyond(norms, _GRADIENT_LIMIT)
-    problems += _beyond({"weights in bitwise mode": {n: a.weights for n, a in bitwise.items()}}, 0.0)
-    sums = {"losses in bitwise mode": {n: a.losses for n, a in bitwise.items()}}
-    sums |= {"evaluation in bitwise mode": {n: a.test_loss for n, a in bitwise.items()}}
-    problems += _beyond(sums, _SUM_LIMIT)
+    limits = [
+        (f"the first {_STEPS_ALIKE} losses", default, "first_losses", _LOSS_LIMIT),
+        (f"the norms of the first {_STEPS_ALIKE} gradients", default, "first_norms", _GRADIENT_LIMIT),
+        ("weights in bitwise mode", bitwise, "weights", 0.0),
+        ("losses in bitwise mode", bitwise, "losses", _SUM_LIMIT),
+        ("evaluation in bitwise mode", bitwise, "test_loss", _SUM_LIMIT),
+    ]
+    problems = [
+        f"{name} differ by {getattr(apart, field):.1e} with {processes} processes; at most {limit:g} is right"
+        for name, of_worlds, field, limit in limits
+        for processes, apart in of_worlds.items()
+        if not getattr(apart, field) <= limit
+    ]
     if problems:
         print("\n".join(f"FAILED: {problem}" for problem in problems))
         return EXIT_FAILED
@@ -177,15 +183,6 @@ def verdict(default: dict[int, Apart], bitwise: dict[int, Apart]) -> int:
     alike = f"the first {_STEPS_ALIKE} losses of the default mode agree to {first:.0e}"
     print(f"ok: the same weights in bitwise mode, to the bit; {alike}")
     return 0
-
-
-def _beyond(figures: dict[str, dict[int, float]], limit: float) -> list[str]:
-    return [
-        f"{name} differ by {apart:.1e} with {processes} processes; at most {limit:g} is right"
-        for name, of_worlds in figures.items()
-        for processes, apart in of_worlds.items()
-        if not apart <= limit
-    ]
 
 
 if __name__ == "__main__":

@@ -115,6 +115,14 @@ def describe(config: Config, image_shape: Sequence[int]) -> dict[str, Any]:
     return {"format": checkpoint.FORMAT, "image_shape": list(image_shape), "config": to_mapping(config)}
 
 
+def described_config(description: dict[str, Any], source: Path) -> Config:
+    """The config that `describe` put down. Raises InputError, naming `source`, where it is not there."""
+    config = description.get("config") if isinstance(description, dict) else None
+    if not isinstance(config, dict):
+        raise InputError(f"{source}: cannot be read: it describes no config")
+    return from_mapping(config, source)
+
+
 def load_model(path: str | Path) -> tuple[VAE, Config]:
     """The model of a run, or of one checkpoint, in eval mode on the CPU, and its config.
 
@@ -131,7 +139,7 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
         raise InputError(f"{folder}: no weights there: neither model.safetensors nor a checkpoint")
     try:
         description, tensors = _read_checkpoint(folder) if is_checkpoint(folder) else _read_final(folder)
-        config = from_mapping(description["config"], folder / "config.json")
+        config = described_config(description, folder / "config.json")
         channels, height, width = (operator.index(side) for side in description["image_shape"])
         with torch.device("meta"):  # takes no memory, whatever sizes a damaged description claims
             model = VAE(config.model, (channels, height, width))

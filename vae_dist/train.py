@@ -27,8 +27,8 @@ from vae_dist.distributed import (
 )
 from vae_dist.evaluate import load_pixels
 from vae_dist.model import build_model
-from vae_dist.options import flat, from_mapping, parse, require_same_run
-from vae_dist.run import RunFolder, State
+from vae_dist.options import flat, parse, require_same_run
+from vae_dist.run import RunFolder, State, described_config
 from vae_dist.tracking import RunTracker, Tracker, wandb_mode
 from vae_dist.trainer import Trainer
 
@@ -76,7 +76,7 @@ def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
             saved = checkpoint.read(source)
         except checkpoint.Damaged as error:
             raise InputError(f"--resume {source}: not a whole checkpoint, such as {run.checkpoints}/step_…: {error}") from None
-        require_same_run(from_mapping(saved.config["config"], source), config, f"--resume {source}")
+        require_same_run(described_config(saved.config, source), config, f"--resume {source}")
     newest, problems = checkpoint.newest_whole(run.checkpoints)
     for problem in problems:
         print(f"passing over a damaged checkpoint: {problem}", flush=True)
