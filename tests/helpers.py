@@ -15,7 +15,9 @@ from vae_dist.tracking import read_rows
 
 ROOT = Path(__file__).parent.parent
 
-TIMES = {"images_per_second", "train_seconds", "test_seconds"}  # all that may differ between two runs of a config
+# All that may differ between two runs of a config: times, and what is estimated from how the ranks' gradients differ.
+TIMES = {"images_per_second", "train_seconds", "test_seconds", "data_share", "compute_share", "communication_share"}
+OF_PROCESSES = {"processes", "noise_scale_images"}
 
 
 class Outcome(NamedTuple):
@@ -36,7 +38,10 @@ def refused(outcome: Outcome, *told: str) -> None:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(run / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key not in TIMES | OF_PROCESSES}
+        for row in read_rows(run / "metrics.jsonl")
+    ]
 
 
 def everything(folder: Path) -> dict[str, bytes]:

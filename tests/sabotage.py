@@ -37,7 +37,7 @@ def last_bit_of_a_weight(trainer: Trainer) -> None:
 
 
 def a_moment(trainer: Trainer) -> None:
-    trainer.optimizer.state[trainer.model.get_parameter("decoder.2.bias")]["exp_avg_sq"][5] *= 1.0001
+    trainer.step.optimizer.state[trainer.model.get_parameter("decoder.2.bias")]["exp_avg_sq"][5] *= 1.0001
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Pa
         if not gradients:
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).tolist())
 
-    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.step.optimizer.register_step_pre_hook(keep)
     assert trainer.fit()
     train = [row for row in recorder.rows if row["split"] == "train"]
     return {

@@ -85,8 +85,12 @@ class TrainerConfig:
 
     epochs: int = 10
     """Passes over the training images."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Arithmetic of the network in training; the loss and every evaluation are float32. fp16 needs a GPU."""
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the network in training; the loss and every evaluation are float32. fp16 and tf32 need a GPU."""
+    cuda_graph: bool = True
+    """On a GPU, record the step once and replay it, rather than launch its kernels one by one; not with fp16."""
+    compile: bool = False
+    """Fuse the network's and the loss's kernels with torch.compile: pays in long jobs, after some tens of seconds."""
     micro_batch_size: int | None = None
     """Images a process takes at once; its part of a batch is accumulated in several rounds if larger. None: all."""
     max_minutes: float | None = None

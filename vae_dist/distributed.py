@@ -31,6 +31,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from vae_dist import __version__
 from vae_dist.config import InputError, TrainerConfig
 from vae_dist.options import is_spokesman
+from vae_dist.shared_memory import LostPeer
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class TrainingFailed(RuntimeError):
 _MEETING = "after-restart"  # a scheme of addresses, for torch
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
-_PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+_PRECISIONS = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
 # The loss is a sum over the global batch: torch's first scale of 65536 would overflow fp16 for dozens of steps.
 _FP16_SCALE_PER_BATCH = 8192.0
 
@@ -68,8 +69,8 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if trainer.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported():
         raise InputError("--trainer.precision bf16: this GPU has none; take fp16 or fp32")
-    if trainer.precision == "fp16" and on_cpu:
-        raise InputError("--trainer.precision fp16: needs a GPU, and none is visible; take bf16 or fp32")
+    if trainer.precision in ("fp16", "tf32") and on_cpu:
+        raise InputError(f"--trainer.precision {trainer.precision}: needs a GPU, and none is visible; take bf16 or fp32")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not on_cpu and local_processes > torch.cuda.device_count():
         raise InputError(f"{local_processes} processes were started here for {torch.cuda.device_count()} visible GPUs")
@@ -131,6 +132,11 @@ def _follow_launcher() -> None:
     """Asks Linux for a SIGTERM when the launcher dies, which could not pass it on: no worker trains on as an orphan."""
     if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def is_one_machine() -> bool:
+    """Whether all processes of this run are on this machine."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> list[float]:
@@ -219,7 +225,7 @@ def in_words(error: BaseException) -> str:
 def _is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because of another process; gloo says so in a plain RuntimeError."""
     by_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    return by_gloo or isinstance(error, dist.DistError)
+    return by_gloo or isinstance(error, (dist.DistError, LostPeer))
 
 
 def run_entry_point(main: Callable[[], int]) -> NoReturn:

@@ -12,38 +12,79 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vae_dist.config import InputError
-
-
-def wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model on this rank's device, through DDP and autocast; its gradients are summed over ranks, not averaged."""
-    wrapped: nn.Module = accelerator.prepare_model(model)
-    if isinstance(wrapped, DistributedDataParallel):
-        wrapped.register_comm_hook(None, _sum_gradients)
-    elif accelerator.num_processes > 1:
-        raise InputError(f"Accelerate is configured for {type(wrapped).__name__}, but gradients are summed over DDP only")
-    return wrapped
-
-
-def _sum_gradients(
-    _: None,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch's stubs lack it
-) -> torch.futures.Future[Tensor]:
-    """DDP's communication hook. The objective is a sum over the global batch, so its gradient is the sum of the ranks'."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+from vae_dist.distributed import is_one_machine, together
+from vae_dist.pace import Laps
+from vae_dist.shared_memory import SharedMemory
 
 
 class SummedGradients:
     """The gradient of a batch in the default mode: rounds add up in .grad, and DDP sums the ranks' in the last one."""
 
-    def __init__(self, accelerator: Accelerator, wrapped: nn.Module) -> None:
-        self._accelerator, self._wrapped = accelerator, wrapped
+    is_watched = False
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, laps: Laps, timeout: float) -> None:
+        """The model goes through DDP and autocast. `timeout` is the longest silence of a peer on this machine, in seconds."""
+        self._accelerator, self._laps = accelerator, laps
+        self.module: nn.Module = accelerator.prepare_model(model)  # what training must call
+        # |gradient of this rank's part|^2, noted in steps that are watched; not where the gradient is not DDP's.
+        self.own_square = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self._memory: SharedMemory | None = None
+        if isinstance(self.module, DistributedDataParallel):
+            self.module.register_comm_hook(self, SummedGradients._sum_bucket)
+            if accelerator.device.type == "cpu" and is_one_machine():
+                self._memory = together(accelerator, lambda: SharedMemory(accelerator, timeout))
+        elif accelerator.num_processes > 1:
+            raise InputError(
+                f"Accelerate is configured for {type(self.module).__name__}, but gradients are summed over DDP only"
+            )
 
     @contextlib.contextmanager
     def round(self, is_last: bool) -> Iterator[None]:
         """Around the forward and backward of one chunk of this rank's part."""
-        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._wrapped):
+        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self.module):
             yield
+        if is_last and self._accelerator.num_processes > 1:
+            self._laps.mark("communication")  # what of it was not hidden behind the backward pass
+
+    def _sum_bucket(
+        self,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch's stubs lack it
+    ) -> torch.futures.Future[Tensor]:
+        """DDP's communication hook. The objective is a sum over the global batch, so its gradient is the sum of the ranks'."""
+        self._laps.mark("compute")
+        gradient: Tensor = bucket.buffer()
+        if self.is_watched:
+            self.own_square.mul_(bucket.index() > 0).add_(gradient.square().sum())
+        if self._memory is None:
+            work = dist.all_reduce(gradient, async_op=True)
+            return work.get_future().then(lambda done: done.value()[0])
+        self._memory.sum_(gradient)
+        self._laps.mark("communication")
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(gradient)
+        return done
+
+
+class FlatGradients(SummedGradients):
+    """For a step recorded as a CUDA graph: one sum over ranks after the last backward, of kernels alone, without DDP."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, laps: Laps) -> None:
+        self._accelerator, self._laps = accelerator, laps
+        self._parameters = list(model.parameters())
+        self.module = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, but no DDP
+        self.own_square = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+
+    @contextlib.contextmanager
+    def round(self, is_last: bool) -> Iterator[None]:
+        yield
+        if is_last and self._accelerator.num_processes > 1:
+            self._laps.mark("compute")
+            gradient = torch.cat([cast(Tensor, p.grad).flatten() for p in self._parameters])
+            self.own_square.copy_(gradient.square().sum())
+            dist.all_reduce(gradient)
+            for p, part in zip(self._parameters, torch.split(gradient, [p.numel() for p in self._parameters]), strict=True):
+                p.grad = part.view_as(p)
+            self._laps.mark("communication")
 
 
 class OrderedGradients(SummedGradients):
@@ -53,10 +94,12 @@ class OrderedGradients(SummedGradients):
     of all, and each adds the rest of the tree for itself.
     """
 
-    def __init__(self, accelerator: Accelerator, wrapped: nn.Module, shards: int, rounds: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, laps: Laps, timeout: float, shards: int, rounds: int
+    ) -> None:
         """A batch has `shards`; each rank takes `rounds` of them in a step, the last ranks fewer."""
-        super().__init__(accelerator, wrapped)
-        self._parameters = list(wrapped.parameters())
+        super().__init__(accelerator, model, laps, timeout)
+        self._parameters = list(model.parameters())
         ends = [min(rank * rounds, shards) for rank in range(accelerator.num_processes + 1)]
         self._shards = [range(first, last) for first, last in pairwise(ends)]  # of each rank
         self._round = 0
@@ -64,7 +107,7 @@ class OrderedGradients(SummedGradients):
 
     @contextlib.contextmanager
     def round(self, is_last: bool) -> Iterator[None]:
-        with self._accelerator.no_sync(self._wrapped):
+        with self._accelerator.no_sync(self.module):
             yield
         mine = self._shards[self._accelerator.process_index]
         if self._round < len(mine):
@@ -73,7 +116,9 @@ class OrderedGradients(SummedGradients):
         for parameter in self._parameters:
             parameter.grad = None
         if is_last:
+            self._laps.mark("compute")
             self._store_total()
+            self._laps.mark("communication")
 
     def _store_total(self) -> None:
         tree = self._tree if self._accelerator.num_processes == 1 else self._gathered()

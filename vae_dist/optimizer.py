@@ -10,11 +10,21 @@ from vae_dist.config import InputError, OptimizerConfig
 _ADAM_STATE = {"step": False, "exp_avg": True, "exp_avg_sq": True}  # whether it has the parameter's shape
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam or plain SGD, in one fused kernel for all parameters."""
+def build_optimizer(config: OptimizerConfig, model: nn.Module, is_recorded: bool = False) -> torch.optim.Optimizer:
+    """Adam or plain SGD, in one fused kernel for all parameters; fit to be recorded as a CUDA graph, if it is to be."""
+    parameters = list(model.parameters())
+    rate = torch.tensor(config.lr, device=parameters[0].device) if is_recorded else config.lr
     if config.kind == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
-    return torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return torch.optim.SGD(parameters, lr=rate, fused=True)
+    return torch.optim.Adam(parameters, lr=rate, betas=config.betas, eps=config.eps, fused=True, capturable=is_recorded)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # a CUDA graph goes on reading it where it lies
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

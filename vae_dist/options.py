@@ -24,6 +24,8 @@ FREE_FIELDS = frozenset(
         "resume",
         "data.root",
         "trainer.epochs",
+        "trainer.cuda_graph",
+        "trainer.compile",
         "trainer.max_minutes",
         "trainer.micro_batch_size",
         "trainer.check_ranks_every",

@@ -14,18 +14,20 @@ from tqdm import tqdm
 from vae_dist import checkpoint, pictures
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config, InputError, deterministic_rows
-from vae_dist.data import as_images, gather
+from vae_dist.data import as_images
 from vae_dist.data.order import Partition, epoch_order, even_rows
 from vae_dist.distributed import TrainingFailed, on_first_rank, sum_over_ranks
 from vae_dist.evaluate import evaluate
-from vae_dist.gradients import OrderedGradients, SummedGradients, wrap
 from vae_dist.guards import REMEDY, DriftGuard, divergence
 from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, normal
-from vae_dist.objective import Sums, negative_elbo
-from vae_dist.optimizer import build_optimizer, learning_rate
+from vae_dist.noise_scale import NoiseScale
+from vae_dist.objective import Sums
+from vae_dist.optimizer import learning_rate
+from vae_dist.pace import Pace
 from vae_dist.run import RunFolder, State
 from vae_dist.state import Progress, pack, unpack
+from vae_dist.step import Step
 from vae_dist.stopping import Stopping
 from vae_dist.tracking import Row, Tracker
 
@@ -35,20 +37,6 @@ _NOISE_BLOCK = 1 << 18
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self._start, 3)
-
-    def speed(self, images: float) -> float:
-        """Images per second."""
-        return round(images / max(time.perf_counter() - self._start, 1e-9), 1)
 
 
 class Trainer:
@@ -67,11 +55,7 @@ class Trainer:
         rows = deterministic_rows(batch) if deterministic else even_rows(batch, ranks, config.trainer.micro_batch_size)
         self.partition = Partition(len(train), batch, ranks, rows)
         self.model = model.to(accelerator.device)
-        self.wrapped = wrap(accelerator, self.model)
-        self.gradients = SummedGradients(accelerator, self.wrapped)
-        if deterministic:
-            self.gradients = OrderedGradients(accelerator, self.wrapped, -(-batch // rows), self.partition.rounds)
-        self.optimizer = build_optimizer(config.optimizer, self.model)
+        self.step = Step(config, accelerator, self.model, train, self.partition)
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
@@ -80,8 +64,8 @@ class Trainer:
         self._sums = torch.zeros(steps, 3, dtype=torch.float64, device=accelerator.device)
         self._reduced_step = 0  # where the ranks last added up their sums
         self.drift_guard = DriftGuard(accelerator)
-        self._gradient_norm = torch.zeros(())
-        self._stopwatch, self._images_since_row = Stopwatch(), 0.0  # of this process's life: a resumed window is longer
+        self._pace = Pace(self.step.laps)
+        self._noise_scale = NoiseScale()
 
     @property
     def total_steps(self) -> int:
@@ -106,8 +90,7 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> bool:
         """The rest of an epoch: steps, evaluation, pictures, a checkpoint. False if the run is to stop."""
         first = self.progress.step % self.partition.steps
-        whole = Stopwatch()
-        self._stopwatch, self._images_since_row = Stopwatch(), 0.0
+        self._pace.begin_epoch()
         bar = tqdm(
             desc=f"epoch {epoch}/{self.config.trainer.epochs}",
             total=self.partition.steps,
@@ -123,11 +106,11 @@ class Trainer:
                 bar.update()
                 if not is_last and self._log_and_save(epoch, bar):
                     return False
+                self.step.laps.mark("between steps")
         self._reduce_sums()
         self.drift_guard.compare(self.progress.step, self._packed)
         stop = self.stopping.is_agreed(self.progress.step, at_once=True)
-        images = self.progress.images - first * self.partition.batch_size
-        self._end_epoch(epoch, {"images_per_second": whole.speed(images), "train_seconds": whole.seconds()})
+        self._end_epoch(epoch)
         return self.is_done() or not stop
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,40 +124,13 @@ class Trainer:
 
     def _train_step(self, indices: Tensor, noise: Tensor) -> None:
         """One optimizer step on images (rounds, rows). It waits for nothing: figures stay on the device."""
-        config, optimizer = self.config.optimizer, self.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.progress.step, self.total_steps)
-        for i in range(self.partition.rounds):
-            with self.gradients.round(is_last=i == self.partition.rounds - 1):
-                self._forward_backward(indices[i], noise[i])
-        self._scale_and_clip()
-        if self.accelerator.scaler is None:
-            optimizer.step()
-        else:
-            self.accelerator.scaler.step(optimizer)
-            self.accelerator.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        done = self.progress.step
+        self.step.gradients.is_watched = self._is_row_due(done + 1) and self.accelerator.scaler is None
+        self._sums[done - self._reduced_step] = self.step(indices, noise, self._rate(done))
         self.progress.step += 1
 
-    def _forward_backward(self, indices: Tensor, noise: Tensor) -> None:
-        """Adds the gradient of the summed loss of some images, and their sums; fillers weigh nothing."""
-        images = gather(self.train_pixels, indices)
-        terms = negative_elbo(self.wrapped(images, noise), images, self.model.likelihood)
-        columns = torch.stack([terms.bce, terms.kld, torch.ones_like(terms.kld)])
-        sums = columns.where(indices >= 0, 0).sum(1)
-        self.accelerator.backward(sums[0] + sums[1])
-        self._sums[self.progress.step - self._reduced_step] += sums.detach()
-
-    def _scale_and_clip(self) -> None:
-        """Undoes fp16's loss scale, clips, and measures the gradient where a row will tell its norm."""
-        limit = self.config.optimizer.clip_norm
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.unscale_(self.optimizer)
-        if limit is not None:
-            self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        elif self._is_row_due(self.progress.step + 1):
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.config.optimizer, step, self.total_steps)
 
     def _is_row_due(self, step: int) -> bool:
         return step % self.config.tracking.log_every == 0 or step % self.partition.steps == 0
@@ -191,10 +147,8 @@ class Trainer:
         if compare_due:
             self.drift_guard.compare(step, self._packed)
         if row_due:
-            speed = self._stopwatch.speed(self._images_since_row)
-            row = self._row("train", epoch, self.progress.window_sums) | self._step_figures() | {"images_per_second": speed}
+            row = self._row("train", epoch, self.progress.window_sums) | self._step_figures() | self._pace.end_window()
             self.progress.window_sums = Sums()
-            self._images_since_row, self._stopwatch = 0.0, Stopwatch()
             on_first_rank(self.accelerator, lambda: self.tracker.log(row))
             bar.set_postfix_str(f"loss {row['loss']:.2f}", refresh=False)
         if save_due or stop:
@@ -203,19 +157,25 @@ class Trainer:
 
     def _reduce_sums(self) -> None:
         """Adds what all ranks summed up since the last time. Waits for the device."""
-        sums = sum_over_ranks(self.accelerator, self._sums.sum(0))
+        own_images = self._sums[self.progress.step - self._reduced_step - 1, 2]  # of the last step
+        noise = [own_images, own_images.square(), self.step.gradients.own_square]
+        *sums, images, squared_images, squares = sum_over_ranks(
+            self.accelerator, torch.cat([self._sums.sum(0), torch.stack(noise)])
+        )
         if not all(map(math.isfinite, sums)):
             raise divergence(self.config, self.partition, self.accelerator, self._sums, self._reduced_step)
         self._sums.zero_()
         self._reduced_step = self.progress.step
         self.progress.epoch_sums = self.progress.epoch_sums.plus(Sums(*sums))
         self.progress.window_sums = self.progress.window_sums.plus(Sums(*sums))
-        self._images_since_row += sums[-1]
+        self._pace.add(sums[-1])
+        if self.step.gradients.is_watched:
+            self._noise_scale.add(images, squared_images, squares, float(self.step.gradient_norm()) ** 2)
 
     def _require_finite(self, is_finite: bool, what: str) -> None:
         """Raises TrainingFailed on all ranks: it is asked about figures and tensors that all have alike."""
         if not is_finite:
-            step, rate = self.progress.step, self.optimizer.param_groups[0]["lr"]
+            step, rate = self.progress.step, self._rate(self.progress.step - 1)
             epoch = -(-step // self.partition.steps)
             raise TrainingFailed(
                 f"{what} is not finite any more: step {step} (epoch {epoch}), learning rate {rate:g}. {REMEDY}"
@@ -228,17 +188,20 @@ class Trainer:
 
     def _step_figures(self) -> Row:
         """Of the step just done."""
-        norm, rate = float(self._gradient_norm), self.optimizer.param_groups[0]["lr"]
+        norm = float(self.step.gradient_norm())
         # With fp16 a step may overflow; the scaler skips it. JSON has no infinity.
-        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None}
+        figures = {"lr": self._rate(self.progress.step - 1), "grad_norm": norm if math.isfinite(norm) else None}
+        noise_scale = self._noise_scale.images()
+        return figures if noise_scale is None else figures | {"noise_scale_images": noise_scale}
 
-    def _end_epoch(self, epoch: int, times: Row) -> None:
+    def _end_epoch(self, epoch: int) -> None:
         """The epoch's rows and pictures, and then the checkpoint that says that they are there."""
-        train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | times
-        testing = Stopwatch()
+        speed = self._pace.end_epoch() | {"processes": self.accelerator.num_processes}
+        train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | speed
+        start = time.perf_counter()
         sums = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator).sums
         self._require_finite(math.isfinite(sums.bce + sums.kld), "the test loss")
-        test = self._row("test", epoch, sums) | {"test_seconds": testing.seconds()}
+        test = self._row("test", epoch, sums) | {"test_seconds": round(time.perf_counter() - start, 3)}
         on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test))
         self.progress.epoch_sums = self.progress.window_sums = Sums()
         self.save()
@@ -266,7 +229,7 @@ class Trainer:
         on_first_rank(self.accelerator, lambda: self._save(state))
 
     def _packed(self) -> Checkpoint:
-        return pack(self.config, self.model, self.optimizer, self.accelerator.scaler, self.progress)
+        return pack(self.config, self.model, self.step.optimizer, self.accelerator.scaler, self.progress)
 
     def _save(self, state: Checkpoint) -> None:
         folder = checkpoint.folder_of_step(self.run.checkpoints, self.progress.step)
@@ -289,7 +252,7 @@ class Trainer:
             saved = checkpoint.read(folder)
         except checkpoint.Damaged as error:
             raise InputError(f"{folder}: damaged: {error}") from None
-        progress = unpack(saved, folder, self.model, self.optimizer, self.accelerator.scaler)
+        progress = unpack(saved, folder, self.model, self.step.optimizer, self.accelerator.scaler)
         if progress.images != len(self.train_pixels):
             raise InputError(
                 f"{folder}: trained on {progress.images} images, but there are {len(self.train_pixels)} in "

@@ -1,0 +1,66 @@
+"""A step recorded once as a CUDA graph and replayed: for small models launching kernels one by one is most of the time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Action = Callable[..., Tensor]
+Recording = tuple[Tensor, Callable[[], None]]  # where the result will be, and what computes it again
+
+# Calls before the recording: DDP and autograd settle, the optimizer makes its state, libraries choose their kernels.
+WARM_UPS = 11
+
+
+def record_cuda_graph(action: Callable[[], Tensor]) -> Recording:
+    """Records the kernels of an action without running them."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as NCCL's watchdog, may go on calling CUDA.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = action()
+    return result, graph.replay
+
+
+class Replay:
+    """A function of tensors of fixed shapes: the first calls run as they are, then it is recorded, and replayed ever after.
+
+    Whatever else it reads or writes must stay where it is: parameters, optimizer state, a learning rate that is a tensor.
+    """
+
+    def __init__(self, action: Action, record: Callable[[Callable[[], Tensor]], Recording] = record_cuda_graph) -> None:
+        self._action, self._record = action, record
+        self._calls = 0
+        self._inputs: list[Tensor] = []
+        self._recording: Recording | None = None
+        self.failure = ""  # why it could not be recorded; it then goes on as it is
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The result lies in the same memory each time: use it before the next call."""
+        self._calls += 1
+        if self.failure:
+            return self._action(*inputs)
+        if self._calls <= WARM_UPS:
+            return self._on_side_stream(*inputs)
+        if self._recording is None:
+            self._inputs = [tensor.clone() for tensor in inputs]
+            try:
+                self._recording = self._record(lambda: self._action(*self._inputs))
+            except RuntimeError as error:
+                self.failure = " ".join(str(error).split())[:200]
+                return self._action(*inputs)
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        result, replay = self._recording
+        replay()
+        return result
+
+    def _on_side_stream(self, *inputs: Tensor) -> Tensor:
+        """As torch wants it before a recording: autograd remembers the stream on which a gradient was first added up."""
+        if not inputs[0].is_cuda:
+            return self._action(*inputs)
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            result = self._action(*inputs)
+        main.wait_stream(side)
+        return result

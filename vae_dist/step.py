@@ -1,0 +1,111 @@
+"""One optimizer step on the device: gather, forward, backward, sum over ranks, clip, update. It waits for nothing."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from vae_dist.config import Config
+from vae_dist.data import gather
+from vae_dist.data.order import Partition
+from vae_dist.gradients import FlatGradients, OrderedGradients, SummedGradients
+from vae_dist.likelihoods import Bernoulli
+from vae_dist.model import VAE
+from vae_dist.objective import negative_elbo
+from vae_dist.optimizer import build_optimizer, set_learning_rate
+from vae_dist.pace import Laps
+from vae_dist.replay import Replay
+
+
+class Step:
+    """Steps of a model on training images that lie on its device. All ranks take each step together."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, model: VAE, pixels: Tensor, partition: Partition) -> None:
+        """`pixels` are uint8 (n, *image_shape)."""
+        self._config, self._accelerator, self._model, self._pixels = config, accelerator, model, pixels
+        self.laps = Laps(accelerator.device)
+        is_recorded = may_be_recorded(config, accelerator)
+        self.gradients = build_gradients(config, accelerator, model, partition, self.laps, is_recorded)
+        self.optimizer = build_optimizer(config.optimizer, model, is_recorded)
+        self._sums_of = torch.compile(loss_sums) if config.trainer.compile else loss_sums
+        self._norm: Tensor | None = None
+        self._replay = Replay(self._compute) if is_recorded else None
+
+    def __call__(self, indices: Tensor, noise: Tensor, rate: float) -> Tensor:
+        """A step on this rank's images, int64 (rounds, rows), with noise (rounds, rows, latent_dim), at a learning rate.
+
+        Returns bce, kld and the number of images, summed over them; float64 (3,), which lies there until the next step.
+        """
+        set_learning_rate(self.optimizer, rate)
+        self.laps.mark("data")
+        sums = (self._replay or self._compute)(indices, noise)
+        self.laps.mark("compute")
+        return sums
+
+    @property
+    def why_not_recorded(self) -> str:
+        """What kept the step from being recorded as a CUDA graph, where it should have been."""
+        return self._replay.failure if self._replay else ""
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the gradient of the step just done, before clipping."""
+        if self._norm is not None:
+            return self._norm
+        return nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+
+    def _compute(self, indices: Tensor, noise: Tensor) -> Tensor:
+        """The same kernels in every step, whatever the images: that is what a CUDA graph can hold."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(3, dtype=torch.float64, device=indices.device)
+        rounds = len(indices)
+        for i in range(rounds):
+            with self.gradients.round(is_last=i == rounds - 1):
+                total += self._forward_backward(indices[i], noise[i])
+        self._clip()
+        if self._accelerator.scaler is None:
+            self.optimizer.step()
+        else:
+            self._accelerator.scaler.step(self.optimizer)
+            self._accelerator.scaler.update()
+        return total
+
+    def _forward_backward(self, indices: Tensor, noise: Tensor) -> Tensor:
+        """Adds the gradient of the summed loss of some images to .grad; returns their sums."""
+        images = gather(self._pixels, indices)
+        self.laps.mark("data")
+        sums = self._sums_of(self.gradients.module, self._model.likelihood, images, noise, indices >= 0)
+        self._accelerator.backward(sums[0] + sums[1])
+        return sums.detach()
+
+    def _clip(self) -> None:
+        """Undoes fp16's loss scale, and clips where it is asked for."""
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.unscale_(self.optimizer)
+        limit = self._config.optimizer.clip_norm
+        if limit is not None:
+            self._norm = nn.utils.clip_grad_norm_(self._model.parameters(), limit)
+
+
+def loss_sums(module: nn.Module, likelihood: Bernoulli, images: Tensor, noise: Tensor, is_image: Tensor) -> Tensor:
+    """bce, kld and the number of images, summed over a batch; fillers weigh nothing. (3,)"""
+    terms = negative_elbo(module(images, noise), images, likelihood)
+    columns = torch.stack([terms.bce, terms.kld, torch.ones_like(terms.kld)])
+    return columns.where(is_image, 0).sum(1)
+
+
+def may_be_recorded(config: Config, accelerator: Accelerator) -> bool:
+    """Whether steps are to be recorded as a CUDA graph. In deterministic mode and with fp16 the host has a say in them."""
+    plain = not config.trainer.deterministic and accelerator.scaler is None
+    return config.trainer.cuda_graph and accelerator.device.type == "cuda" and plain
+
+
+def build_gradients(
+    config: Config, accelerator: Accelerator, model: VAE, partition: Partition, laps: Laps, is_recorded: bool
+) -> SummedGradients:
+    """What adds up the gradients of rounds and ranks, as the mode wants it."""
+    timeout = 60 * config.trainer.timeout_minutes
+    if is_recorded:
+        return FlatGradients(accelerator, model, laps)
+    if config.trainer.deterministic:
+        shards = -(-partition.batch_size // partition.rows)
+        return OrderedGradients(accelerator, model, laps, timeout, shards, partition.rounds)
+    return SummedGradients(accelerator, model, laps, timeout)
