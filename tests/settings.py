@@ -8,6 +8,7 @@ from vae_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, Tr
 class Setting(NamedTuple):
     images: int  # of the training set
     config: Config
+    as_recorded: bool = False  # with what a CUDA graph of the step would hold
 
 
 def _setting(
@@ -37,6 +38,7 @@ SETTINGS = {
     "fewer images than processes": _setting(22, 2, _SGD),
     "one image a step": _setting(10, 1, _ADAM),
     "one step": _setting(3, 50, _SGD),
+    "as recorded": _setting(191, 19, _CLIPPED, micro=2)._replace(as_recorded=True),
     "deterministic": _setting(191, 19, _ADAM, deterministic=True),  # seven shards
     "deterministic, clipped": _setting(200, 20, _CLIPPED, deterministic=True),
     "deterministic, one image a step": _setting(10, 1, _ADAM, deterministic=True),

@@ -1,6 +1,7 @@
 """Any number of processes, started as users start them, does what one does."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 
 from tests.helpers import ROOT, environment, launch, records
 from tests.settings import SETTINGS
+from vae_dist.tracking import read_rows
 
 Seen = dict[str, dict[str, Any]]
 
@@ -39,6 +41,11 @@ def test_gradients_and_losses_agree_with_one_process(setting: str, processes: in
     assert many["losses"][:10] == pytest.approx(one["losses"][:10], rel=1e-6)
     assert many["norms"][:10] == pytest.approx(one["norms"][:10], rel=1e-4)
     assert many["counts"] == one["counts"]
+
+
+def test_sums_in_shared_memory_are_those_of_all_ranks(seen: dict[int, Any]) -> None:
+    for observed in seen.values():
+        assert observed["shared memory"] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -117,18 +124,28 @@ def test_two_processes_make_one_run(options: list[object], tmp_path: Path) -> No
     assert done.stdout.count("finished") == 1
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
     assert [row["step"] for row in records(tmp_path / "run")] == [4, 8, 8, 12, 16, 16]
+    train = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
+    assert all(row["communication_share"] > 0 for row in train)
+    assert train[-1]["processes"] == 2
+    assert 1 < train[-1]["noise_scale_images"] < 10_000
     one = launch("vae_dist.train", *options, *more, "--trainer.epochs", 3)
     assert one.returncode == 0, one.stderr
     assert [row["step"] for row in records(tmp_path / "run")] == [4, 8, 8, 12, 16, 16, 20, 24, 24]
     assert "epoch 3/3" in one.stdout
 
 
-def test_torchrun_works_as_well(options: list[object], tmp_path: Path) -> None:
+def test_torchrun_works_as_well_and_tells_its_efficiency(options: list[object], tmp_path: Path) -> None:
+    one = launch("vae_dist.train", *options, "--output", tmp_path / "one", "--trainer.epochs", 1)
+    assert one.returncode == 0, one.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "vae_dist.train"]
     command += map(str, [*options, "--output", tmp_path / "run", "--trainer.epochs", 1])
+    command += ["--tracking.baseline", str(tmp_path / "one")]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/1:") == 1
+    assert re.search(
+        r"speed +[\d,]+ images/s on 2 processes, [\d.]+ times the one process of .*one, efficiency \d+%", done.stdout
+    )
 
 
 def test_a_launcher_that_starts_too_few_processes_is_found_out(options: list[object], tmp_path: Path) -> None:

@@ -33,6 +33,20 @@ def test_a_folder_with_another_run_is_refused(
     assert everything(finished) == before
 
 
+def test_a_baseline_must_be_a_run_of_the_same_job_on_one_process(
+    finished: Path, quick: list[object], command: Command, tmp_path: Path
+) -> None:
+    def with_baseline(folder: Path, *more: object) -> Outcome:
+        return command("train", *quick, "--output", tmp_path / "new", "--tracking.baseline", folder, *more)
+
+    refused(with_baseline(tmp_path / "nowhere"), "nowhere")
+    refused(with_baseline(finished, "--seed", 1), "--tracking.baseline", "seed: 0 there, 1 here")
+    metrics = finished / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"processes": 1', '"processes": 2'))
+    refused(with_baseline(finished), "--tracking.baseline", "on one process")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(finished: Path, quick: list[object], command: Command) -> None:
     final = (finished / "model.safetensors").read_bytes()
     (finished / "checkpoints" / "step_00000016" / "trainer.safetensors").write_bytes(b"broken")

@@ -51,6 +51,9 @@ def test_rows_say_what_they_are_means_of(trained: Path) -> None:
     assert [row["images_seen"] for row in rows] == [512, 1000, 1000, 1512, 2000, 2000, 2512, 3000, 3000]
     train = [row for row in rows if row["split"] == "train"]
     assert all(row["lr"] == 1e-3 and row["grad_norm"] > 0 and row["images_per_second"] > 0 for row in train)
+    shares = [[row[f"{part}_share"] for part in ("data", "compute", "communication")] for row in train]
+    assert [sum(of_row) for of_row in shares] == pytest.approx([1.0] * len(train), abs=2e-4)
+    assert all(data > 0 and compute > 0 and communication == 0 for data, compute, communication in shares)
     tests = [row["loss"] for row in rows if row["split"] == "test"]
     assert tests == sorted(tests, reverse=True), "it learns"
 

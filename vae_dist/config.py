@@ -137,6 +137,8 @@ class TrackingConfig:
     """Weights & Biases; `auto` is online where a key is configured, else offline."""
     project: str = "vae_dist"
     """W&B project."""
+    baseline: str | None = None
+    """Folder of a finished run of the same job on one process: several processes end by telling how much faster they were."""
     log_every: int = 50
     """Optimizer steps between two points of the training curves."""
 

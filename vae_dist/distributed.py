@@ -64,6 +64,7 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     _follow_launcher()
     if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    set_float32_products("ieee")
     torch.set_flush_denormal(True)  # Adam's moments for pixels that are rarely lit decay into them: a fifth of an epoch
     # Without GPUs Accelerate must be told, or torchrun's processes would each take themselves for the only one.
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
@@ -103,6 +104,20 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
         # Launchers say one thread, whatever the machine has: share out its cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
     return accelerator
+
+
+def set_float32_products(precision: str) -> None:
+    """`ieee`, or `tf32`: a GPU may then round the factors to ten bits, which its tensor cores take eight times as fast."""
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # made at import
+
+
+@contextlib.contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Around training steps that may use TF32. Everything else is exact, also what torch would have in TF32 by itself."""
+    set_float32_products("tf32")
+    yield
+    set_float32_products("ieee")
 
 
 def _meet(_: str, timeout: timedelta, **options: object) -> Iterator[tuple[Store, int, int]]:

@@ -27,17 +27,23 @@ class Replay:
     Whatever else it reads or writes must stay where it is: parameters, optimizer state, a learning rate that is a tensor.
     """
 
-    def __init__(self, action: Action, record: Callable[[Callable[[], Tensor]], Recording] = record_cuda_graph) -> None:
-        self._action, self._record = action, record
+    def __init__(
+        self,
+        action: Action,
+        say: Callable[[str], None],
+        record: Callable[[Callable[[], Tensor]], Recording] = record_cuda_graph,
+    ) -> None:
+        """Where the function cannot be recorded it says so, and goes on as it is."""
+        self._action, self._say, self._record = action, say, record
         self._calls = 0
         self._inputs: list[Tensor] = []
         self._recording: Recording | None = None
-        self.failure = ""  # why it could not be recorded; it then goes on as it is
+        self._has_failed = False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The result lies in the same memory each time: use it before the next call."""
         self._calls += 1
-        if self.failure:
+        if self._has_failed:
             return self._action(*inputs)
         if self._calls <= WARM_UPS:
             return self._on_side_stream(*inputs)
@@ -46,7 +52,10 @@ class Replay:
             try:
                 self._recording = self._record(lambda: self._action(*self._inputs))
             except RuntimeError as error:
-                self.failure = " ".join(str(error).split())[:200]
+                self._has_failed = True
+                self._say(
+                    f"the step cannot be recorded as a CUDA graph; going on without: {' '.join(str(error).split())[:200]}"
+                )
                 return self._action(*inputs)
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given)

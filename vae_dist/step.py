@@ -1,5 +1,7 @@
 """One optimizer step on the device: gather, forward, backward, sum over ranks, clip, update. It waits for nothing."""
 
+import contextlib
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from vae_dist.config import Config
 from vae_dist.data import gather
 from vae_dist.data.order import Partition
+from vae_dist.distributed import tensor_cores
 from vae_dist.gradients import FlatGradients, OrderedGradients, SummedGradients
 from vae_dist.likelihoods import Bernoulli
 from vae_dist.model import VAE
@@ -28,7 +31,7 @@ class Step:
         self.optimizer = build_optimizer(config.optimizer, model, is_recorded)
         self._sums_of = torch.compile(loss_sums) if config.trainer.compile else loss_sums
         self._norm: Tensor | None = None
-        self._replay = Replay(self._compute) if is_recorded else None
+        self._replay = Replay(self._compute, accelerator.print) if is_recorded else None
 
     def __call__(self, indices: Tensor, noise: Tensor, rate: float) -> Tensor:
         """A step on this rank's images, int64 (rounds, rows), with noise (rounds, rows, latent_dim), at a learning rate.
@@ -37,14 +40,10 @@ class Step:
         """
         set_learning_rate(self.optimizer, rate)
         self.laps.mark("data")
-        sums = (self._replay or self._compute)(indices, noise)
+        with tensor_cores() if self._config.trainer.precision == "tf32" else contextlib.nullcontext():
+            sums = (self._replay or self._compute)(indices, noise)
         self.laps.mark("compute")
         return sums
-
-    @property
-    def why_not_recorded(self) -> str:
-        """What kept the step from being recorded as a CUDA graph, where it should have been."""
-        return self._replay.failure if self._replay else ""
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the gradient of the step just done, before clipping."""

@@ -7,6 +7,7 @@ accelerate launch --config_file launch/multi_gpu.yaml -m vae_dist.train --config
 import contextlib
 import os
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from vae_dist.evaluate import load_pixels
 from vae_dist.model import build_model
 from vae_dist.options import flat, parse, require_same_run
 from vae_dist.run import RunFolder, State, described_config
-from vae_dist.tracking import RunTracker, Tracker, wandb_mode
+from vae_dist.tracking import RunTracker, Tracker, read_rows, wandb_mode
 from vae_dist.trainer import Trainer
 
 
@@ -41,6 +42,7 @@ def main(args: list[str] | None = None) -> int:
     train = load_pixels(config.data, accelerator, train=True)
     test = load_pixels(config.data, accelerator, train=False, shape=train.shape[1:])
     run = RunFolder(config.output)
+    baseline = from_first_rank(accelerator, lambda: baseline_speed(config))
     try:
         on_first_rank(accelerator, lambda: run.claim(config))
         model = build_model(config.model, train.shape[1:], config.seed)
@@ -54,7 +56,7 @@ def main(args: list[str] | None = None) -> int:
         on_first_rank(accelerator, lambda: run.save_config(config))
         tracker = on_first_rank(accelerator, lambda: RunTracker(accelerator, run, config, mode, trainer.progress.step))
         trainer.tracker = tracker or Tracker()
-        return run_to_end(trainer, accelerator)
+        return run_to_end(trainer, accelerator, baseline)
     finally:
         run.release()
 
@@ -85,7 +87,22 @@ def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
     return newest or source
 
 
-def run_to_end(trainer: Trainer, accelerator: Accelerator) -> int:
+def baseline_speed(config: Config) -> float | None:
+    """Images per second of `--tracking.baseline`, if there is one: the median of its epochs. Rank zero only.
+
+    Raises InputError where it is no run of one process, or of another job.
+    """
+    if config.tracking.baseline is None:
+        return None
+    flag, run = f"--tracking.baseline {config.tracking.baseline}", RunFolder(config.tracking.baseline)
+    require_same_run(run.config(), config, flag)
+    epochs = [row for row in read_rows(run.metrics) if "train_seconds" in row]
+    if not epochs or any(row.get("processes") != 1 for row in epochs):
+        raise InputError(f"{flag}: must be a run of at least one epoch, all on one process")
+    return float(statistics.median(row["images_per_second"] for row in epochs))
+
+
+def run_to_end(trainer: Trainer, accelerator: Accelerator, baseline: float | None) -> int:
     """Trains, saves the final weights, and leaves word in status.json whatever happens. The exit status."""
     trainer.stopping.listen()
     status = EXIT_FAILED
@@ -105,14 +122,14 @@ def run_to_end(trainer: Trainer, accelerator: Accelerator) -> int:
     finally:
         where = trainer.tracker.close(status)
     if completed:
-        accelerator.print(closing_words(trainer, where))
+        accelerator.print(closing_words(trainer, where, baseline))
     else:
         accelerator.print("stopped as asked, after writing a checkpoint; start the same command again to go on")
     return status
 
 
-def closing_words(trainer: Trainer, wandb: str) -> str:
-    """Where everything lies, and how to look at it."""
+def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
+    """Where everything lies, how to look at it, and how fast it was."""
     path = trainer.run.path
     python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
     upload = f", offline; upload it with: {python} -m wandb sync {wandb}" if wandb.endswith("*") else ""
@@ -125,6 +142,11 @@ def closing_words(trainer: Trainer, wandb: str) -> str:
         f"  evaluate     {python} -m vae_dist.evaluate {path}",
         f"  generate     {python} -m vae_dist.generate {path}",
     ]
+    if baseline is not None:
+        speed, processes = trainer.images_per_second, trainer.accelerator.num_processes
+        times = speed / baseline
+        against = f"{times:.2f} times the one process of {trainer.config.tracking.baseline}, efficiency {times / processes:.0%}"
+        lines.append(f"  speed        {speed:,.0f} images/s on {processes} processes, {against}")
     return "\n".join(lines)
 
 

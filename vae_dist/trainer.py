@@ -65,6 +65,7 @@ class Trainer:
         self._reduced_step = 0  # where the ranks last added up their sums
         self.drift_guard = DriftGuard(accelerator)
         self._pace = Pace(self.step.laps)
+        self.images_per_second = 0.0  # of the last epoch
         self._noise_scale = NoiseScale()
 
     @property
@@ -197,6 +198,7 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         """The epoch's rows and pictures, and then the checkpoint that says that they are there."""
         speed = self._pace.end_epoch() | {"processes": self.accelerator.num_processes}
+        self.images_per_second = speed["images_per_second"]
         train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | speed
         start = time.perf_counter()
         sums = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator).sums
