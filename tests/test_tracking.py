@@ -4,7 +4,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,14 @@ def test_a_wandb_that_fails_in_the_middle_is_said_once_and_training_goes_on(
 
     from vae_dist.tracking import RunTracker
 
-    log = RunTracker.log
+    show = RunTracker._show
 
-    def sabotaged(self: RunTracker, *rows: dict[str, Any]) -> None:
+    def sabotaged(self: RunTracker, rows: Sequence[dict[str, Any]]) -> None:
         if rows[0]["step"] == 8 and wandb.run is not None:
             wandb.run.finish()
-        log(self, *rows)
+        show(self, rows)
 
-    monkeypatch.setattr(RunTracker, "log", sabotaged)
+    monkeypatch.setattr(RunTracker, "_show", sabotaged)
     options = ["--data.root", small_root, "--model.hidden", 40, "--trainer.epochs", 3, "--tracking.wandb", "offline"]
     outcome = command("train", *options, "--output", tmp_path / "run")
     assert outcome.status == 0, outcome.err

@@ -6,6 +6,7 @@ import math
 import netrc
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,17 @@ class RunTracker(Tracker):
         self._folder = run.path / "wandb"
         self._wandb: Any = None
         self._wandb_step = 0  # the last that W&B had when it started
-        self._start_wandb(run, config, mode)
+        # W&B takes a second to start and to end its sentences: it does so in a thread, in order, while training goes on.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
+        self._thread.submit(self._start_wandb, run, config, mode)
         for _, of_step in groupby(rows, key=lambda row: row["step"]):
-            self._show(list(of_step))  # what a crash kept from W&B
+            self._thread.submit(self._show, list(of_step))  # what a crash kept from W&B
 
     def log(self, *rows: Row) -> None:
         with naming(Path(self._metrics.name)):
             self._metrics.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
             self._metrics.flush()
-        self._show(rows)
+        self._thread.submit(self._show, rows)
 
     def sync(self) -> None:
         with naming(Path(self._metrics.name)):
@@ -71,6 +74,7 @@ class RunTracker(Tracker):
 
     def close(self, status: int) -> str:
         self._metrics.close()
+        self._thread.shutdown()
         run = self._wandb
         with self._surviving_wandb():
             if run is not None:
