@@ -63,8 +63,9 @@ class OptimizerConfig:
     """Decay rates of Adam's first and second moment."""
     eps: float = 1e-8
     """Adam's epsilon."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or falling to 0 at the end of the last epoch."""
+    schedule: Literal["constant", "linear", "cosine", "iwae"] = "constant"
+    """Learning rate after warm-up: constant; falling to 0 at the end of the last epoch; or lr * 10^(-i/7) for 3^i epochs,
+    i = 0 to 7, whatever `trainer.epochs` (iwae, as Burda et al. 2016)."""
     warmup_steps: int = 0
     """Steps over which the learning rate first rises linearly to its peak."""
     clip_norm: float | None = None

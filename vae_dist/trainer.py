@@ -141,9 +141,10 @@ class Trainer:
 
     def _train_step(self, indices: Tensor, noise: Tensor) -> None:
         """One optimizer step on images (rounds, rows). It waits for nothing: figures stay on the device."""
-        config, optimizer = self.config.optimizer, self.optimizer
+        config, optimizer = self.config, self.optimizer
+        rate = learning_rate(config.optimizer, self.progress.step, self.partition.steps, config.trainer.epochs)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.progress.step, self.total_steps)
+            group["lr"] = rate
         for i in range(self.partition.rounds):
             with self.gradients.round(is_last=i == self.partition.rounds - 1):
                 self._forward_backward(indices[i], noise[i])
