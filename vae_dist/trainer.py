@@ -20,9 +20,10 @@ from vae_dist.distributed import TrainingFailed, on_first_rank, sum_over_ranks
 from vae_dist.evaluate import evaluate
 from vae_dist.gradients import OrderedGradients, SummedGradients, wrap
 from vae_dist.guards import REMEDY, DriftGuard, divergence
+from vae_dist.likelihoods import remark
 from vae_dist.model import VAE
-from vae_dist.noise import Stream, derive_key, normal
-from vae_dist.objective import Sums, negative_elbo
+from vae_dist.noise import Stream, derive_key, normal, signed
+from vae_dist.objective import Objective, Sums, minimised
 from vae_dist.optimizer import build_optimizer, learning_rate
 from vae_dist.run import RunFolder, State
 from vae_dist.state import Progress, pack, unpack
@@ -72,12 +73,16 @@ class Trainer:
         if deterministic:
             self.gradients = OrderedGradients(accelerator, self.wrapped, -(-batch // rows), self.partition.rounds)
         self.optimizer = build_optimizer(config.optimizer, self.model)
+        self.objective = Objective(config.objective, accelerator.device)
+        # Of the pixels drawn anew in an epoch; on the device, like all that a step reads.
+        is_dynamic = config.data.binarize == "dynamic"
+        self._binary_key = torch.zeros((), dtype=torch.int64, device=accelerator.device) if is_dynamic else None
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
-        # Sums of this rank in each step since the last reduce, on the device: bce, kld, images.
+        # Sums of this rank in each step since the last reduce, on the device: of `Terms.columns`.
         steps = min(self.partition.steps, config.tracking.log_every)
-        self._sums = torch.zeros(steps, 3, dtype=torch.float64, device=accelerator.device)
+        self._sums = torch.zeros(steps, self.objective.columns, dtype=torch.float64, device=accelerator.device)
         self._reduced_step = 0  # where the ranks last added up their sums
         self.drift_guard = DriftGuard(accelerator)
         self._gradient_norm = torch.zeros(())
@@ -131,13 +136,16 @@ class Trainer:
         return self.is_done() or not stop
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each step of an epoch from `first` on: the images of this rank (rounds, rows), and their noise."""
+        """For each step of an epoch from `first` on: this rank's images, (rounds, rows), and their noise, (rounds, rows, …)."""
         key = derive_key(self.config.seed, Stream.TRAINING, epoch)
         order = epoch_order(self.config.seed, epoch, len(self.train_pixels), self.accelerator.device)
         steps = self.partition.of_rank(order, self.accelerator.process_index)[first:]
-        numbers_per_step = self.partition.rounds * self.partition.rows * self.model.latent_dim
+        if self._binary_key is not None:
+            self._binary_key.fill_(signed(derive_key(self.config.seed, Stream.BINARY_EPOCH, epoch)))
+        shape = self.objective.noise_shape(self.model.latent_dim)
+        numbers_per_step = self.partition.rounds * self.partition.rows * math.prod(shape)
         for block in torch.split(steps, max(1, _NOISE_BLOCK // numbers_per_step)):
-            yield from zip(block, normal(key, block, self.model.latent_dim), strict=True)
+            yield from zip(block, normal(key, block, math.prod(shape)).view(*block.shape, *shape), strict=True)
 
     def _train_step(self, indices: Tensor, noise: Tensor) -> None:
         """One optimizer step on images (rounds, rows). It waits for nothing: figures stay on the device."""
@@ -145,6 +153,7 @@ class Trainer:
         rate = learning_rate(config.optimizer, self.progress.step, self.partition.steps, config.trainer.epochs)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        self.objective.begin_step(self.progress.step)
         for i in range(self.partition.rounds):
             with self.gradients.round(is_last=i == self.partition.rounds - 1):
                 self._forward_backward(indices[i], noise[i])
@@ -158,12 +167,11 @@ class Trainer:
         self.progress.step += 1
 
     def _forward_backward(self, indices: Tensor, noise: Tensor) -> None:
-        """Adds the gradient of the summed loss of some images, and their sums; fillers weigh nothing."""
-        images = gather(self.train_pixels, indices)
-        terms = negative_elbo(self.wrapped(images, noise), images, self.model.likelihood)
-        columns = torch.stack([terms.bce, terms.kld, torch.ones_like(terms.kld)])
-        sums = columns.where(indices >= 0, 0).sum(1)
-        self.accelerator.backward(sums[0] + sums[1])
+        """Adds the gradient of the summed objective of some images, and their sums; fillers weigh nothing."""
+        images = gather(self.train_pixels, indices, self._binary_key)
+        terms = self.objective(self.wrapped(images, noise), images, self.model.likelihood)
+        sums = terms.columns().where(indices >= 0, 0).sum(1)
+        self.accelerator.backward(minimised(sums))
         self._sums[self.progress.step - self._reduced_step] += sums.detach()
 
     def _scale_and_clip(self) -> None:
@@ -209,9 +217,10 @@ class Trainer:
             raise divergence(self.config, self.partition, self.accelerator, self._sums, self._reduced_step)
         self._sums.zero_()
         self._reduced_step = self.progress.step
-        self.progress.epoch_sums = self.progress.epoch_sums.plus(Sums(*sums))
-        self.progress.window_sums = self.progress.window_sums.plus(Sums(*sums))
-        self._images_since_row += sums[-1]
+        found = Sums.of_columns(*sums)
+        self.progress.epoch_sums = self.progress.epoch_sums.plus(found)
+        self.progress.window_sums = self.progress.window_sums.plus(found)
+        self._images_since_row += found.images
 
     def _require_finite(self, is_finite: bool, what: str) -> None:
         """Raises TrainingFailed on all ranks: it is asked about figures and tensors that all have alike."""
@@ -225,7 +234,8 @@ class Trainer:
     def _row(self, split: str, epoch: int, sums: Sums) -> Row:
         done, rest = divmod(self.progress.step, self.partition.steps)
         seen = done * self.progress.images + rest * self.partition.batch_size
-        return {"split": split, "epoch": epoch, "step": self.progress.step, "images_seen": seen} | sums.figures()
+        row = {"split": split, "epoch": epoch, "step": self.progress.step, "images_seen": seen} | sums.figures()
+        return row | {"objective": sums.objective()} if split == "train" else row
 
     def _step_figures(self) -> Row:
         """Of the step just done."""
@@ -237,9 +247,9 @@ class Trainer:
         """The epoch's rows and pictures, and then the checkpoint that says that they are there."""
         train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | times
         testing = Stopwatch()
-        sums = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator).sums
-        self._require_finite(math.isfinite(sums.bce + sums.kld), "the test loss")
-        test = self._row("test", epoch, sums) | {"test_seconds": testing.seconds()}
+        found = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator)
+        self._require_finite(math.isfinite(found.sums.bce + found.sums.kld), "the test loss")
+        test = self._row("test", epoch, found.sums) | {"kld_per_dim": found.kld_per_dim, "test_seconds": testing.seconds()}
         on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test))
         self.progress.epoch_sums = self.progress.window_sums = Sums()
         self.save()
@@ -252,8 +262,10 @@ class Trainer:
         pictures.save_png(self.run.images / f"reconstruction_{epoch}.png", reconstructions)
         pictures.save_png(self.run.images / f"sample_{epoch}.png", samples)
         self.tracker.log(train, test)
+        note = remark(self.config, test["loss"], self.model.image_shape)
         print(
-            f"epoch {epoch}/{self.config.trainer.epochs}: train {train['loss']:.4f}, test {test['loss']:.4f} nats per image "
+            f"epoch {epoch}/{self.config.trainer.epochs}: "
+            f"train {train['loss']:.4f}, test {test['loss']:.4f} nats per image{note} "
             f"(bce {test['bce']:.2f} + kld {test['kld']:.2f}, n={test['n']}), {train['images_per_second']:,.0f} images/s",
             flush=True,
         )
