@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -131,7 +132,7 @@ def test_the_bound_rises_with_the_samples_from_the_elbo_to_log_p_of_x(model: VAE
 
 
 def test_the_doubly_reparameterised_gradient_agrees_with_a_reference(model: VAE) -> None:
-    """Tucker et al. 2018, equation 8, sample by sample; the decoder's gradient is the usual one."""
+    """Tucker et al. 2018, sample by sample; the decoder's gradient is the usual one."""
     noise, w = drawn(5), weights_of(model)
     found = terms(model, noise, kind="iwae", samples=5, doubly_reparameterized=True)
     assert found.other is not None
@@ -156,6 +157,23 @@ def test_with_one_sample_it_is_the_path_derivative(model: VAE) -> None:
     wanted = torch.autograd.grad(-expected.sum(), list(w.values()))
     for a, b in zip(gradient(model, found.other.sum()).values(), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_mixed_precision_lets_the_doubly_reparameterised_gradient_through() -> None:
+    """The hook sits on the very latents that the decoder saw, though Accelerate remakes the output."""
+    model = build_model(ModelConfig(hidden=(20,), latent_dim=3), (1, 5, 5), seed=0)
+    images, noise = torch.rand(4, 1, 5, 5), torch.randn(4, 6, 3)
+
+    def found(forward: Callable[..., Any], doubly: bool) -> Tensor:
+        config = ObjectiveConfig(kind="iwae", samples=6, doubly_reparameterized=doubly)
+        other = Objective(config)(forward(images, noise), images, model.likelihood).other
+        assert other is not None
+        return gradient(model, other.sum())["encoder.1.weight"]
+
+    half = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    exact, plain = found(model, True), found(model, False)
+    error = (found(half, True) - exact).norm()
+    assert error < 0.1 * (plain - exact).norm()
 
 
 def expected_gradient(model: VAE) -> Tensor:

@@ -43,7 +43,10 @@ def test_every_recipe_parses_and_says_what_it_is(recipe: Path) -> None:
         Config(output="x", seed=7, data=DataConfig(name="glyphs", batch_size=1)),
         Config(model=ModelConfig(hidden=()), optimizer=OptimizerConfig(lr=3e-7, clip_norm=1.5, betas=(0.0, 0.5))),
         Config(trainer=TrainerConfig(precision="bf16", micro_batch_size=64, deterministic=True)),
-        Config(model=ModelConfig(likelihood="gaussian", sigma=0.25), objective=ObjectiveConfig(beta=0.5, anneal="cyclical")),
+        Config(
+            model=ModelConfig(likelihood="gaussian", sigma=0.25),
+            objective=ObjectiveConfig(beta=0.5, anneal="cyclical", anneal_steps=9),
+        ),
         Config(model=ModelConfig(likelihood="gaussian", sigma="optimal"), objective=ObjectiveConfig(kind="iwae", samples=5)),
     ],
 )
@@ -82,8 +85,12 @@ def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> 
         (["--objective.samples", "0"], ["--objective.samples 0"]),
         (["--objective.beta", "-1"], ["--objective.beta -1"]),
         (["--objective.beta", "2", "--objective.kind", "iwae"], ["--objective.beta 2", "iwae"]),
-        (["--objective.anneal", "linear", "--objective.kind", "iwae"], ["--objective.anneal linear", "iwae"]),
-        (["--objective.anneal_steps", "0"], ["--objective.anneal_steps 0"]),
+        (
+            ["--objective.anneal", "linear", "--objective.anneal_steps", "9", "--objective.kind", "iwae"],
+            ["--objective.anneal linear", "iwae"],
+        ),
+        (["--objective.anneal", "linear"], ["--objective.anneal_steps 0", "at least 1"]),
+        (["--objective.anneal_steps", "9"], ["--objective.anneal_steps 9", "--objective.anneal"]),
         (["--objective.anneal_cycles", "0"], ["--objective.anneal_cycles 0"]),
         (["--objective.free_bits", "nan"], ["--objective.free_bits nan"]),
         (["--objective.free_bits", "0.5", "--objective.kind", "iwae"], ["--objective.free_bits 0.5", "iwae"]),

@@ -1,7 +1,9 @@
 """Each likelihood against an independent float64 computation, by its gradients, and by what all its values sum to."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -11,6 +13,8 @@ from scipy import integrate, optimize, stats
 from scipy.special import logsumexp
 from torch import Tensor
 
+import vae_dist
+from tests.helpers import Outcome, records
 from vae_dist.config import Config, DataConfig, ModelConfig
 from vae_dist.likelihoods import (
     Bernoulli,
@@ -26,6 +30,7 @@ from vae_dist.model import build_model
 
 Array = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 
+Command = Callable[..., Outcome]
 SHAPE = (2, 3, 5)  # channels, height, width
 EVERY = {
     "bernoulli": Bernoulli(),
@@ -250,3 +255,15 @@ def test_a_network_gives_what_its_likelihood_takes(config: ModelConfig) -> None:
     assert output.decoded.shape == (2, 3 * model.likelihood.outputs, 4, 4)
     assert build_likelihood(config).log_prob(output.decoded, images).shape == (2,)
     assert model.sample(5).shape == (5, 3, 4, 4)
+
+
+def test_a_learned_sigma_is_trained_saved_and_loaded(quick: list[object], command: Command, tmp_path: Path) -> None:
+    options = [*quick, "--model.likelihood", "gaussian", "--optimizer.lr", 0.05, "--output", tmp_path]
+    assert command("train", *options).status == 0
+    assert vae_dist.load(tmp_path).get_parameter("likelihood.log_sigma").item() < -0.3
+    outcome = command("evaluate", tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert "nats (bce" in outcome.out, "a density: neither bits per dimension nor a warning"
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["loss"] == records(tmp_path)[-1]["loss"]
+    assert found["is_log_likelihood"]

@@ -88,7 +88,7 @@ class ObjectiveConfig:
     """Weight of the KL (Higgins et al. 2017), after any annealing."""
     anneal: Literal["none", "linear", "cyclical"] = "none"
     """The KL's weight rises from 0: once (Bowman et al. 2016), or again and again (Fu et al. 2019)."""
-    anneal_steps: int = 10_000
+    anneal_steps: int = 0
     """Optimizer steps of the linear rise, or of one cycle, in whose first half the weight rises."""
     anneal_cycles: int = 4
     """Cycles, after which the weight stays at `beta`."""
@@ -100,7 +100,9 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         _require(self.samples >= 1, "--objective.samples", self.samples, "at least 1")
         _require(0 <= self.beta < float("inf"), "--objective.beta", self.beta, "a number of 0 or more")
-        _require(self.anneal_steps >= 1, "--objective.anneal_steps", self.anneal_steps, "at least 1")
+        is_right = self.anneal_steps == 0 if self.anneal == "none" else self.anneal_steps >= 1
+        wanted = "at least 1 where --objective.anneal is linear or cyclical, else 0"
+        _require(is_right, "--objective.anneal_steps", self.anneal_steps, wanted)
         _require(self.anneal_cycles >= 1, "--objective.anneal_cycles", self.anneal_cycles, "at least 1")
         _require(0 <= self.free_bits < float("inf"), "--objective.free_bits", self.free_bits, "a number of 0 or more")
         is_bound, wanted = self.kind == "iwae", "{}: --objective.kind iwae has no KL to weigh"

@@ -165,9 +165,9 @@ def log_prior_ratio(output: Output, is_posterior_fixed: bool = False) -> Tensor:
 
 
 def importance_bound(log_weights: Tensor, latents: Tensor, doubly_reparameterized: bool = False) -> Tensor:
-    """log of the mean of k importance weights, in nats, (batch,), of their logs, (batch, k). Burda et al. 2016, equation 8.
+    """log of the mean of k importance weights, in nats, (batch,), of their logs, (batch, k). Burda et al. 2016.
 
-    With `doubly_reparameterized` the encoder gets the gradient of Tucker et al. 2018, equation 8: the derivative of each log
+    With `doubly_reparameterized` the encoder gets the gradient of Tucker et al. 2018: the derivative of each log
     weight along its latent, times the square of the normalised weight. The latents must be those that all log weights were
     computed from, whose own gradient in the encoder is what the weights scale.
     """
