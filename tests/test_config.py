@@ -43,10 +43,8 @@ def test_every_recipe_parses_and_says_what_it_is(recipe: Path) -> None:
         Config(output="x", seed=7, data=DataConfig(name="glyphs", batch_size=1)),
         Config(model=ModelConfig(hidden=()), optimizer=OptimizerConfig(lr=3e-7, clip_norm=1.5, betas=(0.0, 0.5))),
         Config(trainer=TrainerConfig(precision="bf16", micro_batch_size=64, deterministic=True)),
-        Config(
-            model=ModelConfig(likelihood="gaussian", sigma=0.25),
-            objective=ObjectiveConfig(beta=0.5, anneal="cyclical", anneal_steps=9),
-        ),
+        Config(model=ModelConfig(likelihood="gaussian", sigma=0.25)),
+        Config(objective=ObjectiveConfig(beta=0.5, anneal="cyclical", anneal_steps=9, free_bits=0.1, free_bits_per="group")),
         Config(model=ModelConfig(likelihood="gaussian", sigma="optimal"), objective=ObjectiveConfig(kind="iwae", samples=5)),
     ],
 )

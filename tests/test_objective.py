@@ -12,6 +12,7 @@ from vae_dist.config import ModelConfig
 from vae_dist.likelihoods import Bernoulli
 from vae_dist.model import Output, Posterior, build_model, reparameterize
 from vae_dist.objective import Sums, kl_by_dimension, minimised, negative_elbo
+from vae_dist.state import Progress
 
 torch.manual_seed(0)
 LOGITS, IMAGES = 4 * torch.randn(6, 1, 5, 7), torch.rand(6, 1, 5, 7)
@@ -104,6 +105,11 @@ def test_sums_give_means_and_their_count() -> None:
     assert sums.objective() == 125.0
     other = Sums.of_columns(300.0, 60.0, 3.0, 390.0).plus(Sums.of_columns(100.0, 40.0, 1.0, 90.0))
     assert (other.figures(), other.objective()) == (sums.figures(), 120.0)
+
+
+def test_sums_saved_before_objectives_were_recorded_are_of_the_loss() -> None:
+    old = {"step": 3, "images": 4, "epoch_sums": [300.0, 60.0, 3.0], "window_sums": [0.0, 0.0, 0.0]}
+    assert Progress.from_json(old).epoch_sums.objective() == 120.0
 
 
 def test_what_is_optimised_is_the_loss_unless_it_is_another_thing() -> None:
