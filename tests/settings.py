@@ -1,8 +1,11 @@
 """The settings in which one process and several must agree."""
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
-from vae_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrackingConfig, TrainerConfig
+from vae_dist.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrackingConfig, TrainerConfig
+
+_SMALL, _ELBO = ModelConfig(hidden=(30,), latent_dim=4), ObjectiveConfig()
 
 
 class Setting(NamedTuple):
@@ -12,12 +15,20 @@ class Setting(NamedTuple):
 
 
 def _setting(
-    images: int, batch: int, optimizer: OptimizerConfig, micro: int | None = None, deterministic: bool = False
+    images: int,
+    batch: int,
+    optimizer: OptimizerConfig,
+    micro: int | None = None,
+    deterministic: bool = False,
+    model: ModelConfig = _SMALL,
+    objective: ObjectiveConfig = _ELBO,
+    binarize: Literal["none", "dynamic"] = "none",
 ) -> Setting:
     trainer = TrainerConfig(epochs=1, micro_batch_size=micro, deterministic=deterministic)
     config = Config(
-        data=DataConfig(batch_size=batch),
-        model=ModelConfig(hidden=(30,), latent_dim=4),
+        data=DataConfig(batch_size=batch, binarize=binarize),
+        model=model,
+        objective=objective,
         optimizer=optimizer,
         trainer=trainer,
         tracking=TrackingConfig(log_every=1),
@@ -27,6 +38,9 @@ def _setting(
 
 _ADAM, _SGD = OptimizerConfig(), OptimizerConfig(kind="sgd", lr=1e-5)
 _CLIPPED = OptimizerConfig(kind="sgd", lr=1e-3, clip_norm=20.0)
+_DOUBLY = ObjectiveConfig(kind="iwae", samples=3, doubly_reparameterized=True)
+_FREE_BITS = ObjectiveConfig(beta=2.0, anneal="linear", anneal_steps=5, free_bits=0.1)
+_SIGMA = replace(_SMALL, likelihood="gaussian")
 
 SETTINGS = {
     "adam": _setting(200, 20, _ADAM),
@@ -39,7 +53,12 @@ SETTINGS = {
     "one image a step": _setting(10, 1, _ADAM),
     "one step": _setting(3, 50, _SGD),
     "as recorded": _setting(191, 19, _CLIPPED, micro=2)._replace(as_recorded=True),
+    "doubly reparameterised, accumulated, binarised": _setting(191, 19, _SGD, micro=2, objective=_DOUBLY, binarize="dynamic"),
+    "learned sigma, annealed, free bits": _setting(191, 19, _ADAM, model=_SIGMA, objective=_FREE_BITS),
     "deterministic": _setting(191, 19, _ADAM, deterministic=True),  # seven shards
     "deterministic, clipped": _setting(200, 20, _CLIPPED, deterministic=True),
+    "deterministic, doubly reparameterised, binarised": _setting(
+        191, 19, _ADAM, deterministic=True, objective=_DOUBLY, binarize="dynamic"
+    ),
     "deterministic, one image a step": _setting(10, 1, _ADAM, deterministic=True),
 }

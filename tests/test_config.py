@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT
-from vae_dist.config import Config, DataConfig, InputError, ModelConfig, OptimizerConfig, TrainerConfig
+from vae_dist.config import Config, DataConfig, InputError, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainerConfig
 from vae_dist.options import differences, from_mapping, parse, to_mapping, to_yaml
 
 RECIPES = sorted((ROOT / "configs").glob("**/*.yaml"))
@@ -43,6 +43,9 @@ def test_every_recipe_parses_and_says_what_it_is(recipe: Path) -> None:
         Config(output="x", seed=7, data=DataConfig(name="glyphs", batch_size=1)),
         Config(model=ModelConfig(hidden=()), optimizer=OptimizerConfig(lr=3e-7, clip_norm=1.5, betas=(0.0, 0.5))),
         Config(trainer=TrainerConfig(precision="bf16", micro_batch_size=64, deterministic=True)),
+        Config(model=ModelConfig(likelihood="gaussian", sigma=0.25)),
+        Config(objective=ObjectiveConfig(beta=0.5, anneal="cyclical", anneal_steps=9, free_bits=0.1, free_bits_per="group")),
+        Config(model=ModelConfig(likelihood="gaussian", sigma="optimal"), objective=ObjectiveConfig(kind="iwae", samples=5)),
     ],
 )
 def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> None:
@@ -71,6 +74,25 @@ def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> 
         (["--optimizer.betas", "0.9", "1"], ["--optimizer.betas 0.9 1"]),
         (["--optimizer.clip_norm", "0"], ["--optimizer.clip_norm 0"]),
         (["--trainer.micro_batch_size", "0"], ["--trainer.micro_batch_size 0"]),
+        (["--model.sigma", "0", "--model.likelihood", "gaussian"], ["--model.sigma 0", "a positive number"]),
+        (["--model.sigma", "0.5"], ["--model.sigma 0.5", "--model.likelihood gaussian"]),
+        (["--model.mixtures", "0", "--model.likelihood", "discretized_logistic"], ["--model.mixtures 0"]),
+        (["--model.mixtures", "2"], ["--model.mixtures 2", "discretized_logistic"]),
+        (["--model.output_bias", "data", "--model.likelihood", "discretized_logistic"], ["--model.output_bias data"]),
+        (["--data.binarize", "static", "--model.likelihood", "gaussian"], ["--data.binarize static", "bernoulli"]),
+        (["--objective.samples", "0"], ["--objective.samples 0"]),
+        (["--objective.beta", "-1"], ["--objective.beta -1"]),
+        (["--objective.beta", "2", "--objective.kind", "iwae"], ["--objective.beta 2", "iwae"]),
+        (
+            ["--objective.anneal", "linear", "--objective.anneal_steps", "9", "--objective.kind", "iwae"],
+            ["--objective.anneal linear", "iwae"],
+        ),
+        (["--objective.anneal", "linear"], ["--objective.anneal_steps 0", "at least 1"]),
+        (["--objective.anneal_steps", "9"], ["--objective.anneal_steps 9", "--objective.anneal"]),
+        (["--objective.anneal_cycles", "0"], ["--objective.anneal_cycles 0"]),
+        (["--objective.free_bits", "nan"], ["--objective.free_bits nan"]),
+        (["--objective.free_bits", "0.5", "--objective.kind", "iwae"], ["--objective.free_bits 0.5", "iwae"]),
+        (["--objective.doubly_reparameterized", "true"], ["--objective.doubly_reparameterized true", "iwae"]),
         (["--trainer.deterministic", "true", "--trainer.micro_batch_size", "3"], ["--trainer.micro_batch_size 3", "16"]),
         (["--trainer.precision", "no"], ["--trainer.precision", "'fp32'"]),
         (["--trainer.max_minutes", "-1"], ["--trainer.max_minutes -1"]),
@@ -160,3 +182,14 @@ def test_differences_name_what_changes_a_runs_meaning() -> None:
     falling = OptimizerConfig(schedule="linear")
     longer = Config(seed=1, optimizer=falling, trainer=TrainerConfig(epochs=99))
     assert differences(Config(seed=1, optimizer=falling), longer) == ["trainer.epochs: 10 there, 99 here"]
+    staged = OptimizerConfig(schedule="iwae")
+    assert differences(Config(optimizer=staged), Config(optimizer=staged, trainer=TrainerConfig(epochs=99))) == []
+    assert differences(Config(), Config(objective=ObjectiveConfig(beta=2))) == ["objective.beta: 1.0 there, 2 here"]
+
+
+def test_a_config_from_before_a_field_was_there_has_its_default() -> None:
+    old = to_mapping(Config(seed=4))
+    del old["objective"], old["data"]["binarize"]
+    for name in ("activation", "output_bias", "likelihood", "sigma", "mixtures"):
+        del old["model"][name]
+    assert from_mapping(old, "here") == Config(seed=4)

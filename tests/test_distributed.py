@@ -39,6 +39,7 @@ def test_gradients_and_losses_agree_with_one_process(setting: str, processes: in
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
     assert len(one["losses"]) >= (1 if setting == "one step" else 10)
     assert many["losses"][:10] == pytest.approx(one["losses"][:10], rel=1e-6)
+    assert many["objectives"][:10] == pytest.approx(one["objectives"][:10], rel=1e-6)
     assert many["norms"][:10] == pytest.approx(one["norms"][:10], rel=1e-4)
     assert many["counts"] == one["counts"]
 

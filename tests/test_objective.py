@@ -11,7 +11,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 from vae_dist.config import ModelConfig
 from vae_dist.likelihoods import Bernoulli
 from vae_dist.model import Output, Posterior, build_model, reparameterize
-from vae_dist.objective import Sums, kl_to_standard_normal, negative_elbo
+from vae_dist.objective import Sums, kl_by_dimension, minimised, negative_elbo
+from vae_dist.state import Progress
 
 torch.manual_seed(0)
 LOGITS, IMAGES = 4 * torch.randn(6, 1, 5, 7), torch.rand(6, 1, 5, 7)
@@ -57,10 +58,9 @@ def test_gradient_lives_at_extreme_logits(logit: float) -> None:
 
 
 def test_kl_agrees_with_torch_distributions() -> None:
-    posterior = Independent(Normal(MEAN, (0.5 * LOGVAR).exp()), 1)
-    prior = Independent(Normal(torch.zeros(3), torch.ones(3)), 1)
-    torch.testing.assert_close(kl_to_standard_normal(MEAN, LOGVAR), kl_divergence(posterior, prior))
-    assert kl_to_standard_normal(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0.0, 0.0]
+    posterior, prior = Normal(MEAN, (0.5 * LOGVAR).exp()), Normal(torch.zeros(3), torch.ones(3))
+    torch.testing.assert_close(kl_by_dimension(MEAN, LOGVAR), kl_divergence(posterior, prior), rtol=1e-5, atol=1e-6)
+    assert kl_by_dimension(torch.zeros(2, 3), torch.zeros(2, 3)).count_nonzero() == 0
 
 
 def test_gradients_agree_with_numerical_ones() -> None:
@@ -83,9 +83,9 @@ def test_reparameterized_latents_have_the_posteriors_moments() -> None:
 
 
 def test_terms_are_per_image_and_depend_on_that_image_alone() -> None:
-    terms = negative_elbo(Output(LOGITS, MEAN, LOGVAR), IMAGES, Bernoulli())
+    terms = negative_elbo(Output(LOGITS, MEAN, LOGVAR, MEAN), IMAGES, Bernoulli())
     assert terms.bce.shape == terms.kld.shape == terms.loss.shape == (6,)
-    alone = negative_elbo(Output(LOGITS[2:3], MEAN[2:3], LOGVAR[2:3]), IMAGES[2:3], Bernoulli())
+    alone = negative_elbo(Output(LOGITS[2:3], MEAN[2:3], LOGVAR[2:3], MEAN[2:3]), IMAGES[2:3], Bernoulli())
     torch.testing.assert_close(terms.loss[2:3], alone.loss)
 
 
@@ -102,3 +102,19 @@ def test_loss_is_float32_under_autocast() -> None:
 def test_sums_give_means_and_their_count() -> None:
     sums = Sums(bce=300.0, kld=60.0, images=3.0).plus(Sums(100.0, 40.0, 1.0))
     assert sums.figures() == {"n": 4, "loss": 125.0, "bce": 100.0, "kld": 25.0}
+    assert sums.objective() == 125.0
+    other = Sums.of_columns(300.0, 60.0, 3.0, 390.0).plus(Sums.of_columns(100.0, 40.0, 1.0, 90.0))
+    assert (other.figures(), other.objective()) == (sums.figures(), 120.0)
+
+
+def test_sums_saved_before_objectives_were_recorded_are_of_the_loss() -> None:
+    old = {"step": 3, "images": 4, "epoch_sums": [300.0, 60.0, 3.0], "window_sums": [0.0, 0.0, 0.0]}
+    assert Progress.from_json(old).epoch_sums.objective() == 120.0
+
+
+def test_what_is_optimised_is_the_loss_unless_it_is_another_thing() -> None:
+    terms = negative_elbo(Output(LOGITS, MEAN.clone().requires_grad_(), LOGVAR, MEAN), IMAGES, Bernoulli())
+    assert torch.equal(minimised(terms.columns().sum(1)), terms.bce.sum() + terms.kld.sum())
+    other = terms._replace(other=3 * terms.loss).columns().sum(1)
+    assert torch.equal(minimised(other), (3 * terms.loss).sum())
+    assert other[:3].tolist() == [terms.bce.sum().item(), terms.kld.sum().item(), 6.0]

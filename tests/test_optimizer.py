@@ -11,13 +11,27 @@ from vae_dist.optimizer import build_optimizer, learning_rate, load_optimizer_te
 def test_schedules() -> None:
     def rates(**options: object) -> list[float]:
         config = OptimizerConfig(lr=1.0, **options)  # type: ignore[arg-type]
-        return [round(learning_rate(config, step, 8), 4) for step in range(8)]
+        return [round(learning_rate(config, step, 4, 2), 4) for step in range(8)]
 
     assert rates() == [1.0] * 8
     assert rates(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert rates(schedule="linear") == [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert rates(schedule="linear", warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert rates(schedule="cosine")[::2] == [1.0, 0.8536, 0.5, 0.1464]
+
+
+def test_the_iwae_schedule_takes_3280_epochs_whatever_the_runs_length() -> None:
+    """lr * 10^(-i/7) for 3^i epochs, i = 0 to 7; then it stays."""
+    config = OptimizerConfig(lr=1.0, schedule="iwae")
+    expected = [10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
+    assert len(expected) == 3280
+    steps_per_epoch = 3
+    for epochs in (1, 3280):
+        found = [learning_rate(config, step, steps_per_epoch, epochs) for step in range(steps_per_epoch * 3280)]
+        assert found == pytest.approx([rate for rate in expected for _ in range(steps_per_epoch)])
+    assert learning_rate(config, 10**6, steps_per_epoch, 10**6) == pytest.approx(0.1)
+    warmed = OptimizerConfig(lr=1.0, schedule="iwae", warmup_steps=2)
+    assert [learning_rate(warmed, step, 1, 4) for step in range(3)] == pytest.approx([0.5, 1.0, 10 ** (-1 / 7)])
 
 
 def model() -> VAE:

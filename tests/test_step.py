@@ -65,14 +65,14 @@ def state_of(trainer: Trainer) -> list[Tensor]:
     return [*trainer.model.parameters(), *moments]
 
 
-@pytest.mark.parametrize("setting", ["adam", "sgd, clipped", "accumulated"])
+@pytest.mark.parametrize("setting", ["adam", "sgd, clipped", "doubly reparameterised, accumulated, binarised"])
 def test_every_step_is_the_same_operators_and_none_asks_the_device(setting: str, tmp_path: Path) -> None:
     """The short last step too: else no graph could hold them, and the device would be waited for."""
     trainer = trainer_of(SETTINGS[setting].config, tmp_path)
     seen = []
-    for indices, noise in trainer._batches(epoch=1, first=0):
+    for number, (indices, noise) in enumerate(trainer._batches(epoch=1, first=0)):
         with Tape() as tape:
-            trainer.step(indices, noise, 1e-3)
+            trainer.step(indices, noise, number, 1e-3)
         seen.append(tape.names())
     assert len(seen) > 10
     assert all(names == seen[1] for names in seen[2:])  # the first one makes the optimizer's state
@@ -80,7 +80,16 @@ def test_every_step_is_the_same_operators_and_none_asks_the_device(setting: str,
     assert not [name for name in seen[1] if any(word in name for word in asking)]
 
 
-@pytest.mark.parametrize("setting", ["adam", "adam, clipped", "accumulated"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "adam",
+        "adam, clipped",
+        "accumulated",
+        "doubly reparameterised, accumulated, binarised",
+        "learned sigma, annealed, free bits",
+    ],
+)
 def test_a_recorded_step_computes_the_same(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the recording is a tape of operators. It fails where anything is baked into it: a learning rate, an address."""
     config = replace(SETTINGS[setting].config, optimizer=replace(SETTINGS[setting].config.optimizer, warmup_steps=15))

@@ -41,6 +41,8 @@ def test_rows_say_what_they_are_means_of(trained: Path) -> None:
     for row in rows:
         assert {"split", "epoch", "step", "images_seen", "n", "loss", "bce", "kld"} <= row.keys()
         assert row["loss"] == pytest.approx(row["bce"] + row["kld"], rel=1e-12)
+        assert row["split"] == "test" or row["objective"] == row["loss"], "by default that is what is optimised"
+        assert row["split"] == "train" or sum(row["kld_per_dim"]) == pytest.approx(row["kld"], rel=1e-6)
     curve = [(row["step"], row["n"]) for row in rows if row["split"] == "train"]
     assert curve == [(4, 512), (8, 1000), (12, 512), (16, 1000), (20, 512), (24, 1000)]
     assert [(row["epoch"], row["step"], row["n"]) for row in rows if row["split"] == "test"] == [
@@ -109,9 +111,12 @@ def test_evaluate_prints_and_writes_the_figures_of_the_last_epoch(trained: Path,
     assert outcome.status == 0
     last = next(row for row in reversed(records(trained)) if row["split"] == "test")
     found = json.loads((trained / "evaluation.json").read_text())
-    assert [found[key] for key in ("n", "loss", "bce", "kld")] == [last[key] for key in ("n", "loss", "bce", "kld")]
+    shared = ("n", "loss", "bce", "kld", "kld_per_dim")
+    assert [found[key] for key in shared] == [last[key] for key in shared]
+    assert (found["is_log_likelihood"], found["bits_per_dim"]) == (False, None)
     assert found["elbo"] == -found["loss"]
     assert f"test loss {last['loss']:.4f}" in outcome.out
+    assert "nats, not a log-likelihood (" in outcome.out
     assert "n=300" in outcome.out
 
 

@@ -49,6 +49,7 @@ def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Pa
     return {
         "gradient": gradients[0],
         "losses": [row["loss"] for row in train],
+        "objectives": [row["objective"] for row in train],
         "counts": [row["n"] for row in train],
         "norms": [row["grad_norm"] for row in train],
         "test": recorder.rows[-1]["loss"] if recorder.rows else None,

@@ -30,6 +30,8 @@ class DataConfig:
     """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not)."""
     batch_size: int = 128
     """Images of one optimizer step, over all processes (the global batch)."""
+    binarize: Literal["none", "static", "dynamic"] = "none"
+    """Black or white pixels, white with their grey value's probability: drawn once, or anew in each epoch of training."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "--data.batch_size", self.batch_size, "at least 1")
@@ -45,10 +47,70 @@ class ModelConfig:
     """Widths of the encoder's hidden layers; the decoder has them in reverse."""
     latent_dim: int = 20
     """Dimensions of the latent."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Between the layers."""
+    output_bias: Literal["random", "data"] = "random"
+    """Start of the decoder's last bias: random as torch has it, or the log-odds of the training images' mean, by pixel."""
+    likelihood: Literal["bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic"] = "bernoulli"
+    """p(x|z) of a pixel value. bernoulli is a log-likelihood only of images that `data.binarize` made black and white."""
+    sigma: float | Literal["learned", "optimal"] = "learned"
+    """Standard deviation of the gaussian, black being 0 and white 1: a number, learned, or each image's own best."""
+    mixtures: int = 1
+    """Components of the discretized logistic of a pixel value."""
 
     def __post_init__(self) -> None:
         _require(all(width >= 1 for width in self.hidden), "--model.hidden", self.hidden, "widths of at least 1")
         _require(self.latent_dim >= 1, "--model.latent_dim", self.latent_dim, "at least 1")
+        is_number = not isinstance(self.sigma, str)
+        wanted = "a positive number, learned or optimal"
+        _require(not is_number or 0 < float(self.sigma) < float("inf"), "--model.sigma", self.sigma, wanted)
+        is_logistic = self.likelihood == "discretized_logistic"
+        wanted = "left out: only --model.likelihood gaussian has one"
+        _require(self.likelihood == "gaussian" or self.sigma == "learned", "--model.sigma", self.sigma, wanted)
+        _require(self.mixtures >= 1, "--model.mixtures", self.mixtures, "at least 1")
+        wanted = "1: only --model.likelihood discretized_logistic has more"
+        _require(is_logistic or self.mixtures == 1, "--model.mixtures", self.mixtures, wanted)
+        wanted = "random: the outputs of --model.likelihood discretized_logistic are no log-odds"
+        _require(not is_logistic or self.output_bias == "random", "--model.output_bias", self.output_bias, wanted)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is optimised. The record has the true ELBO too, whatever is."""
+
+    kind: Literal["elbo", "iwae"] = "elbo"
+    """The evidence lower bound, or the importance-weighted one (Burda et al. 2016)."""
+    samples: int = 1
+    """Latents drawn for each image. The ELBO is averaged over them; the importance-weighted bound rises with them."""
+    doubly_reparameterized: bool = False
+    """Of iwae: the encoder's gradient of Tucker et al. 2018, which does not drown in noise when samples are many."""
+    beta: float = 1.0
+    """Weight of the KL (Higgins et al. 2017), after any annealing."""
+    anneal: Literal["none", "linear", "cyclical"] = "none"
+    """The KL's weight rises from 0: once (Bowman et al. 2016), or again and again (Fu et al. 2019)."""
+    anneal_steps: int = 0
+    """Optimizer steps of the linear rise, or of one cycle, in whose first half the weight rises."""
+    anneal_cycles: int = 4
+    """Cycles, after which the weight stays at `beta`."""
+    free_bits: float = 0.0
+    """Nats of KL that cost nothing (Kingma et al. 2016), of each image and dimension or group."""
+    free_bits_per: Literal["dimension", "group"] = "dimension"
+    """What has them to itself: each dimension of the latent, or all together (the network's one group)."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples >= 1, "--objective.samples", self.samples, "at least 1")
+        _require(0 <= self.beta < float("inf"), "--objective.beta", self.beta, "a number of 0 or more")
+        is_right = self.anneal_steps == 0 if self.anneal == "none" else self.anneal_steps >= 1
+        wanted = "at least 1 where --objective.anneal is linear or cyclical, else 0"
+        _require(is_right, "--objective.anneal_steps", self.anneal_steps, wanted)
+        _require(self.anneal_cycles >= 1, "--objective.anneal_cycles", self.anneal_cycles, "at least 1")
+        _require(0 <= self.free_bits < float("inf"), "--objective.free_bits", self.free_bits, "a number of 0 or more")
+        is_bound, wanted = self.kind == "iwae", "{}: --objective.kind iwae has no KL to weigh"
+        _require(not is_bound or self.beta == 1, "--objective.beta", self.beta, wanted.format(1))
+        _require(not is_bound or self.anneal == "none", "--objective.anneal", self.anneal, wanted.format("none"))
+        _require(not is_bound or self.free_bits == 0, "--objective.free_bits", self.free_bits, wanted.format(0))
+        doubly, wanted = self.doubly_reparameterized, "false: it is a gradient of --objective.kind iwae"
+        _require(is_bound or not doubly, "--objective.doubly_reparameterized", str(doubly).lower(), wanted)
 
 
 @dataclass(frozen=True)
@@ -63,8 +125,9 @@ class OptimizerConfig:
     """Decay rates of Adam's first and second moment."""
     eps: float = 1e-8
     """Adam's epsilon."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or falling to 0 at the end of the last epoch."""
+    schedule: Literal["constant", "linear", "cosine", "iwae"] = "constant"
+    """Learning rate after warm-up: constant; falling to 0 at the end of the last epoch; or lr * 10^(-i/7) for 3^i epochs,
+    i = 0 to 7, whatever `trainer.epochs` (iwae, as Burda et al. 2016)."""
     warmup_steps: int = 0
     """Steps over which the learning rate first rises linearly to its peak."""
     clip_norm: float | None = None
@@ -158,6 +221,7 @@ class Config:
     """The one seed."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -169,6 +233,8 @@ class Config:
         if self.trainer.deterministic and micro is not None and micro < shard:
             wanted = f"at least {shard} in deterministic mode, which takes 1/{DETERMINISTIC_SHARDS} of the batch at once"
             _require(False, "--trainer.micro_batch_size", micro, wanted)
+        binarize, wanted = self.data.binarize, "none: only --model.likelihood bernoulli is one of black and white pixels"
+        _require(binarize == "none" or self.model.likelihood == "bernoulli", "--data.binarize", binarize, wanted)
 
 
 def deterministic_rows(batch_size: int) -> int:

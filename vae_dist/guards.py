@@ -23,7 +23,7 @@ _IMAGES_NAMED, _TENSORS_NAMED = 16, 4
 def divergence(config: Config, partition: Partition, accelerator: Accelerator, sums: Tensor, first_step: int) -> TrainingFailed:
     """The error that says in which step a loss was no number first, and of which images. All ranks call it.
 
-    `sums`, (steps, 3), are this rank's in the steps from `first_step` on, of one epoch; those of some rank are not finite.
+    `sums`, (steps, columns), are this rank's in the steps from `first_step` on, of one epoch; some rank's are not finite.
     """
     of_ranks: Tensor = accelerator.gather(sums).view(accelerator.num_processes, *sums.shape).cpu()
     broken = ~of_ranks.isfinite().all(2)
@@ -34,7 +34,7 @@ def divergence(config: Config, partition: Partition, accelerator: Accelerator, s
     order = epoch_order(config.seed, epoch + 1, partition.images, torch.device("cpu"))
     images = torch.cat([partition.of_rank(order, rank)[number].flatten() for rank in ranks])
     indices = images[images >= 0].tolist()
-    rate = learning_rate(config.optimizer, step, partition.steps * config.trainer.epochs)
+    rate = learning_rate(config.optimizer, step, partition.steps, config.trainer.epochs)
     return TrainingFailed(
         f"the training loss is not finite any more: step {step + 1} (epoch {epoch + 1}), learning rate {rate:g}, "
         f"{len(indices)} images on rank {_listed(ranks)}: {_listed(indices, _IMAGES_NAMED)}. {REMEDY}"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vae_dist.config import ModelConfig
-from vae_dist.likelihoods import Bernoulli, at_least_float32
-from vae_dist.networks import build_networks
+from vae_dist.likelihoods import at_least_float32, build_likelihood
+from vae_dist.networks import build_networks, set_output_bias
 from vae_dist.noise import Stream, derive_key, normal
 
 
@@ -22,9 +22,10 @@ class Posterior(NamedTuple):
 class Output(NamedTuple):
     """What the objective needs. A NamedTuple: Accelerate casts its fields back to float32 under mixed precision."""
 
-    decoded: Tensor  # (batch, *image_shape), the parameters of p(x|z): logits
+    decoded: Tensor  # (batch, outputs * channels, height, width), the parameters of p(x|z); of k latents (batch * k, …)
     mean: Tensor  # (batch, latent_dim), of q(z|x)
     logvar: Tensor  # (batch, latent_dim)
+    latents: Tensor  # (batch, latent_dim) or (batch, k, latent_dim), drawn from q(z|x)
 
 
 class VAE(nn.Module):
@@ -38,13 +39,14 @@ class VAE(nn.Module):
         super().__init__()
         self.latent_dim = config.latent_dim
         self.image_shape = tuple(image_shape)
-        self.encoder, self.decoder = build_networks(config, image_shape)
-        self.likelihood = Bernoulli()
+        self.likelihood = build_likelihood(config)
+        self.encoder, self.decoder = build_networks(config, image_shape, self.likelihood.outputs)
 
     def forward(self, images: Tensor, noise: Tensor) -> Output:
-        """Images in [0, 1], (batch, *image_shape), and standard normal noise, (batch, latent_dim)."""
+        """Images in [0, 1], (batch, *image_shape), and standard normal noise, (batch, latent_dim) or (batch, k, latent_dim)."""
         posterior = self.encode(images)
-        return Output(self.decoder(reparameterize(posterior, noise)), *posterior)
+        latents = reparameterize(posterior, noise)
+        return Output(self.decoder(latents.flatten(0, -2)), *posterior, latents)
 
     def encode(self, images: Tensor) -> Posterior:
         """q(z|x) of images in [0, 1], (batch, *image_shape)."""
@@ -63,12 +65,24 @@ class VAE(nn.Module):
 
 
 def reparameterize(posterior: Posterior, noise: Tensor) -> Tensor:
-    """Latents drawn from q(z|x), differentiable in its parameters; float32 at least."""
-    return posterior.mean + torch.exp(0.5 * at_least_float32(posterior.logvar)) * noise
+    """Latents drawn from q(z|x), of the noise's shape, differentiable in its parameters; float32 at least."""
+    mean, scale = posterior.mean, torch.exp(0.5 * at_least_float32(posterior.logvar))
+    if noise.ndim == 3:
+        mean, scale = mean.unsqueeze(1), scale.unsqueeze(1)
+    return mean + scale * noise
 
 
-def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int) -> VAE:
-    """A new model on the CPU, its weights a function of the seed; the global generator is left as it was."""
+def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int, pixels: Tensor | None = None) -> VAE:
+    """A new model on the CPU, its weights a function of the seed; the global generator is left as it was.
+
+    With `model.output_bias: data` they also follow from the training images `pixels`, uint8 (n, *image_shape). Raises
+    ValueError where those are missing.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VAE(config, image_shape)
+        model = VAE(config, image_shape)
+    if config.output_bias == "data":
+        if pixels is None:
+            raise ValueError("output_bias: data: needs the training images")
+        set_output_bias(model.decoder, pixels)
+    return model

@@ -3,27 +3,49 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vae_dist.config import ModelConfig
 
+_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+_DARKEST, _BRIGHTEST = 0.001, 0.999  # of a mean image: a pixel that is always black still has finite log-odds
+_BLOCK_IMAGES = 2048  # widened to int64 at once
 
-def build_networks(config: ModelConfig, image_shape: Sequence[int]) -> tuple[nn.Module, nn.Module]:
-    """The encoder, (batch, *image_shape) -> (batch, 2 * latent_dim), and the decoder, (batch, latent_dim) -> logits."""
-    return _mlp(config.hidden, config.latent_dim, tuple(image_shape))
+
+def build_networks(config: ModelConfig, image_shape: Sequence[int], outputs: int) -> tuple[nn.Module, nn.Module]:
+    """The encoder, (batch, *image_shape) -> (batch, 2 * latent_dim), and the decoder, (batch, latent_dim) -> the likelihood's
+    parameters, (batch, outputs * channels, height, width).
+    """
+    return _mlp(config, tuple(image_shape), outputs)
 
 
-def _mlp(hidden: Sequence[int], latent_dim: int, image_shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
-    """Fully connected layers with ReLU; the decoder mirrors the encoder. Initialised as torch initialises Linear."""
+def _mlp(config: ModelConfig, image_shape: tuple[int, ...], outputs: int) -> tuple[nn.Module, nn.Module]:
+    """Fully connected layers; the decoder mirrors the encoder. Initialised as torch initialises Linear."""
     channels, height, width = image_shape
     pixels = channels * height * width
-    encoder = nn.Sequential(nn.Flatten(), *_layers([pixels, *hidden, 2 * latent_dim]))
-    decoder = nn.Sequential(*_layers([latent_dim, *reversed(hidden), pixels]), nn.Unflatten(1, image_shape))
+    encoder = nn.Sequential(nn.Flatten(), *_layers([pixels, *config.hidden, 2 * config.latent_dim], config.activation))
+    decoder = nn.Sequential(
+        *_layers([config.latent_dim, *reversed(config.hidden), outputs * pixels], config.activation),
+        nn.Unflatten(1, (outputs * channels, height, width)),
+    )
     return encoder, decoder
 
 
-def _layers(widths: Sequence[int]) -> list[nn.Module]:
+def _layers(widths: Sequence[int], activation: str) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        modules += [nn.Linear(inputs, outputs), nn.ReLU()]
+        modules += [nn.Linear(inputs, outputs), _ACTIVATIONS[activation]()]
     return modules[:-1]
+
+
+@torch.no_grad()
+def set_output_bias(decoder: nn.Module, pixels: Tensor) -> None:
+    """Lets a decoder of logits begin at the mean of some images, uint8 (n, *image_shape), as Burda et al. 2016 do.
+
+    The mean is exact, and so the same on all ranks: a quotient of integers.
+    """
+    total = sum(block.sum(0, dtype=torch.int64) for block in torch.split(pixels, _BLOCK_IMAGES))
+    mean = torch.as_tensor(total).cpu().double() / (255 * len(pixels))
+    last = [module for module in decoder.modules() if isinstance(module, nn.Linear)][-1]
+    last.bias.copy_(mean.clamp(_DARKEST, _BRIGHTEST).logit().flatten())

@@ -27,6 +27,9 @@ class Stream(IntEnum):
     EVALUATION = 3
     SAMPLES = 4
     GLYPHS = 5
+    BINARY_TRAIN = 6
+    BINARY_TEST = 7
+    BINARY_EPOCH = 8
 
 
 def derive_key(seed: int, stream: Stream, *counters: int) -> int:
@@ -37,11 +40,19 @@ def derive_key(seed: int, stream: Stream, *counters: int) -> int:
     return key
 
 
-def hashed_words(key: int, indices: Tensor, words: int) -> Tensor:
-    """64 random bits, as int64 of shape (*indices.shape, words), for each index (int64) and word number."""
+def signed(key: int) -> int:
+    """The int64 with the same 64 bits."""
+    return key - (1 << 64) if key >> 63 else key
+
+
+def hashed_words(key: int | Tensor, indices: Tensor, words: int) -> Tensor:
+    """64 random bits, as int64 of shape (*indices.shape, words), for each index (int64) and word number.
+
+    The key may lie on the device, as `signed` has it, int64 (): there it can change without a new kernel or graph.
+    """
     scratch = torch.empty_like(indices)
-    rows = _mix((indices + _signed(key)).mul_(_signed(_GOLDEN)), scratch)
-    numbers = torch.arange(1, words + 1, device=indices.device) * _signed(_GOLDEN)
+    rows = _mix((indices + (signed(key) if isinstance(key, int) else key)).mul_(signed(_GOLDEN)), scratch)
+    numbers = torch.arange(1, words + 1, device=indices.device) * signed(_GOLDEN)
     hashes = rows.unsqueeze(-1) + numbers
     return _mix(hashes, torch.empty_like(hashes))
 
@@ -66,6 +77,15 @@ def normal(key: int, indices: Tensor, dim: int) -> Tensor:
     return noise.reshape(*indices.shape, dim)
 
 
+def uniform16(key: int | Tensor, indices: Tensor, dim: int) -> Tensor:
+    """Uniform integers in 0 … 65535, int32 of shape (*indices.shape, dim): row i depends on (key, indices[i], dim) alone.
+
+    Each hash is read as four; the lowest comes first on the little-endian machines that torch is built for.
+    """
+    hashes = hashed_words(key, indices, (dim + 3) // 4)
+    return hashes.view(torch.int16)[..., :dim].to(torch.int32).bitwise_and_(0xFFFF)
+
+
 def _box_muller(hashes: Tensor) -> Tensor:
     """(rows, pairs) hashes, which are overwritten, to (rows, 2 * pairs) normals."""
     angle = (hashes >> 32).float().mul_(math.pi * 2.0**-31)
@@ -80,7 +100,7 @@ def _mix(x: Tensor, scratch: Tensor) -> Tensor:
         torch.bitwise_right_shift(x, shift, out=scratch)
         x.bitwise_xor_(scratch.bitwise_and_((1 << (64 - shift)) - 1))
         if round_ < len(_MULTIPLIERS):
-            x.mul_(_signed(_MULTIPLIERS[round_]))
+            x.mul_(signed(_MULTIPLIERS[round_]))
     return x
 
 
@@ -92,8 +112,3 @@ def _mix_int(x: int) -> int:
         if round_ < len(_MULTIPLIERS):
             x = x * _MULTIPLIERS[round_] & _WORD
     return x
-
-
-def _signed(x: int) -> int:
-    """The int64 with the same 64 bits."""
-    return x - (1 << 64) if x >> 63 else x

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vae_dist.config import InputError, OptimizerConfig
 
 _ADAM_STATE = {"step": False, "exp_avg": True, "exp_avg_sq": True}  # whether it has the parameter's shape
+_IWAE_LAST_STAGE = 7
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, is_recorded: bool = False) -> torch.optim.Optimizer:
@@ -27,14 +28,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `total_steps`."""
+def learning_rate(config: OptimizerConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The learning rate of optimizer step `step` (from 0) of a run of `epochs` epochs."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "iwae":
+        return config.lr * 10 ** (-_iwae_stage(step // steps_per_epoch) / _IWAE_LAST_STAGE)
+    total_steps = steps_per_epoch * epochs
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.lr * ((1 - progress) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _iwae_stage(epoch: int) -> int:
+    """Of epoch `epoch` (from 0): stage i takes 3^i epochs, 3,280 in all; the last has no end. Burda et al. 2016, section 5."""
+    ends = [(3 ** (stage + 1) - 1) // 2 for stage in range(_IWAE_LAST_STAGE)]
+    return sum(epoch >= end for end in ends)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

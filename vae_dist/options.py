@@ -109,7 +109,7 @@ def flat(config: Config) -> dict[str, Any]:
 def differences(old: Config, new: Config) -> list[str]:
     """A line for each field that differs and gives the run another meaning, for example `seed: 0 there, 1 here`."""
     before, after = flat(old), flat(new)
-    free = FREE_FIELDS if new.optimizer.schedule == "constant" else FREE_FIELDS - {"trainer.epochs"}
+    free = FREE_FIELDS if new.optimizer.schedule in ("constant", "iwae") else FREE_FIELDS - {"trainer.epochs"}
     changed = [name for name in after if before.get(name) != after[name]]
     return [
         f"{name}: {before.get(name)} there, {after[name]} here"

@@ -11,9 +11,10 @@ from vae_dist.data import gather
 from vae_dist.data.order import Partition
 from vae_dist.distributed import tensor_cores
 from vae_dist.gradients import FlatGradients, OrderedGradients, SummedGradients
-from vae_dist.likelihoods import Bernoulli
+from vae_dist.likelihoods import Likelihood
 from vae_dist.model import VAE
-from vae_dist.objective import negative_elbo
+from vae_dist.noise import Stream, derive_key, signed
+from vae_dist.objective import Objective, minimised
 from vae_dist.optimizer import build_optimizer, set_learning_rate
 from vae_dist.pace import Laps
 from vae_dist.replay import Replay
@@ -29,16 +30,25 @@ class Step:
         is_recorded = may_be_recorded(config, accelerator)
         self.gradients = build_gradients(config, accelerator, model, partition, self.laps, is_recorded)
         self.optimizer = build_optimizer(config.optimizer, model, is_recorded)
-        self._sums_of = torch.compile(loss_sums) if config.trainer.compile else loss_sums
+        self.objective = Objective(config.objective, accelerator.device)
+        # Of the pixels drawn anew in an epoch; on the device, like all that a step reads.
+        is_dynamic = config.data.binarize == "dynamic"
+        self._binary_key = torch.zeros((), dtype=torch.int64, device=accelerator.device) if is_dynamic else None
+        self._sums_of = torch.compile(weighted_sums) if config.trainer.compile else weighted_sums
         self._norm: Tensor | None = None
         self._replay = Replay(self._compute, accelerator.print) if is_recorded else None
 
-    def __call__(self, indices: Tensor, noise: Tensor, rate: float) -> Tensor:
-        """A step on this rank's images, int64 (rounds, rows), with noise (rounds, rows, latent_dim), at a learning rate.
+    def begin_epoch(self, epoch: int) -> None:
+        if self._binary_key is not None:
+            self._binary_key.fill_(signed(derive_key(self._config.seed, Stream.BINARY_EPOCH, epoch)))
 
-        Returns bce, kld and the number of images, summed over them; float64 (3,), which lies there until the next step.
+    def __call__(self, indices: Tensor, noise: Tensor, number: int, rate: float) -> Tensor:
+        """Step `number` (from 0) on this rank's images, int64 (rounds, rows), with noise (rounds, rows, …), at a learning rate.
+
+        Returns sums over the images of `Terms.columns`, float64, in memory that the next step may overwrite.
         """
         set_learning_rate(self.optimizer, rate)
+        self.objective.begin_step(number)
         self.laps.mark("data")
         with tensor_cores() if self._config.trainer.precision == "tf32" else contextlib.nullcontext():
             sums = (self._replay or self._compute)(indices, noise)
@@ -54,7 +64,7 @@ class Step:
     def _compute(self, indices: Tensor, noise: Tensor) -> Tensor:
         """The same kernels in every step, whatever the images: that is what a CUDA graph can hold."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(3, dtype=torch.float64, device=indices.device)
+        total = torch.zeros(self.objective.columns, dtype=torch.float64, device=indices.device)
         rounds = len(indices)
         for i in range(rounds):
             with self.gradients.round(is_last=i == rounds - 1):
@@ -68,11 +78,11 @@ class Step:
         return total
 
     def _forward_backward(self, indices: Tensor, noise: Tensor) -> Tensor:
-        """Adds the gradient of the summed loss of some images to .grad; returns their sums."""
-        images = gather(self._pixels, indices)
+        """Adds the gradient of the summed objective of some images to .grad; returns their sums."""
+        images = gather(self._pixels, indices, self._binary_key)
         self.laps.mark("data")
-        sums = self._sums_of(self.gradients.module, self._model.likelihood, images, noise, indices >= 0)
-        self._accelerator.backward(sums[0] + sums[1])
+        sums = self._sums_of(self.objective, self.gradients.module, self._model.likelihood, images, noise, indices >= 0)
+        self._accelerator.backward(minimised(sums))
         return sums.detach()
 
     def _clip(self) -> None:
@@ -84,11 +94,12 @@ class Step:
             self._norm = nn.utils.clip_grad_norm_(self._model.parameters(), limit)
 
 
-def loss_sums(module: nn.Module, likelihood: Bernoulli, images: Tensor, noise: Tensor, is_image: Tensor) -> Tensor:
-    """bce, kld and the number of images, summed over a batch; fillers weigh nothing. (3,)"""
-    terms = negative_elbo(module(images, noise), images, likelihood)
-    columns = torch.stack([terms.bce, terms.kld, torch.ones_like(terms.kld)])
-    return columns.where(is_image, 0).sum(1)
+def weighted_sums(
+    objective: Objective, module: nn.Module, likelihood: Likelihood, images: Tensor, noise: Tensor, is_image: Tensor
+) -> Tensor:
+    """Sums over a batch of `Terms.columns`, (3 or 4,); fillers weigh nothing."""
+    terms = objective(module(images, noise), images, likelihood)
+    return terms.columns().where(is_image, 0).sum(1)
 
 
 def may_be_recorded(config: Config, accelerator: Accelerator) -> bool:

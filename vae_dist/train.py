@@ -45,7 +45,7 @@ def main(args: list[str] | None = None) -> int:
     baseline = from_first_rank(accelerator, lambda: baseline_speed(config))
     try:
         on_first_rank(accelerator, lambda: run.claim(config))
-        model = build_model(config.model, train.shape[1:], config.seed)
+        model = build_model(config.model, train.shape[1:], config.seed, train)
         trainer = Trainer(config, accelerator, model, train, test, run)
         source = resume(trainer, accelerator)
         if trainer.is_done() and from_first_rank(accelerator, run.state) == "finished":

@@ -19,6 +19,7 @@ from vae_dist.data.order import Partition, epoch_order, even_rows
 from vae_dist.distributed import TrainingFailed, on_first_rank, sum_over_ranks
 from vae_dist.evaluate import evaluate
 from vae_dist.guards import REMEDY, DriftGuard, divergence
+from vae_dist.likelihoods import remark
 from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.noise_scale import NoiseScale
@@ -59,9 +60,9 @@ class Trainer:
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
-        # Sums of this rank in each step since the last reduce, on the device: bce, kld, images.
+        # Sums of this rank in each step since the last reduce, on the device: of `Terms.columns`.
         steps = min(self.partition.steps, config.tracking.log_every)
-        self._sums = torch.zeros(steps, 3, dtype=torch.float64, device=accelerator.device)
+        self._sums = torch.zeros(steps, self.step.objective.columns, dtype=torch.float64, device=accelerator.device)
         self._reduced_step = 0  # where the ranks last added up their sums
         self.drift_guard = DriftGuard(accelerator)
         self._pace = Pace(self.step.laps)
@@ -115,23 +116,25 @@ class Trainer:
         return self.is_done() or not stop
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each step of an epoch from `first` on: the images of this rank (rounds, rows), and their noise."""
+        """For each step of an epoch from `first` on: this rank's images, (rounds, rows), and their noise, (rounds, rows, …)."""
         key = derive_key(self.config.seed, Stream.TRAINING, epoch)
         order = epoch_order(self.config.seed, epoch, len(self.train_pixels), self.accelerator.device)
         steps = self.partition.of_rank(order, self.accelerator.process_index)[first:]
-        numbers_per_step = self.partition.rounds * self.partition.rows * self.model.latent_dim
+        self.step.begin_epoch(epoch)
+        shape = self.step.objective.noise_shape(self.model.latent_dim)
+        numbers_per_step = self.partition.rounds * self.partition.rows * math.prod(shape)
         for block in torch.split(steps, max(1, _NOISE_BLOCK // numbers_per_step)):
-            yield from zip(block, normal(key, block, self.model.latent_dim), strict=True)
+            yield from zip(block, normal(key, block, math.prod(shape)).view(*block.shape, *shape), strict=True)
 
     def _train_step(self, indices: Tensor, noise: Tensor) -> None:
         """One optimizer step on images (rounds, rows). It waits for nothing: figures stay on the device."""
         done = self.progress.step
         self.step.gradients.is_watched = self._is_row_due(done + 1) and self.accelerator.scaler is None
-        self._sums[done - self._reduced_step] = self.step(indices, noise, self._rate(done))
+        self._sums[done - self._reduced_step] = self.step(indices, noise, done, self._rate(done))
         self.progress.step += 1
 
     def _rate(self, step: int) -> float:
-        return learning_rate(self.config.optimizer, step, self.total_steps)
+        return learning_rate(self.config.optimizer, step, self.partition.steps, self.config.trainer.epochs)
 
     def _is_row_due(self, step: int) -> bool:
         return step % self.config.tracking.log_every == 0 or step % self.partition.steps == 0
@@ -167,9 +170,10 @@ class Trainer:
             raise divergence(self.config, self.partition, self.accelerator, self._sums, self._reduced_step)
         self._sums.zero_()
         self._reduced_step = self.progress.step
-        self.progress.epoch_sums = self.progress.epoch_sums.plus(Sums(*sums))
-        self.progress.window_sums = self.progress.window_sums.plus(Sums(*sums))
-        self._pace.add(sums[-1])
+        found = Sums.of_columns(*sums)
+        self.progress.epoch_sums = self.progress.epoch_sums.plus(found)
+        self.progress.window_sums = self.progress.window_sums.plus(found)
+        self._pace.add(found.images)
         if self.step.gradients.is_watched:
             self._noise_scale.add(images, squared_images, squares, float(self.step.gradient_norm()) ** 2)
 
@@ -185,7 +189,8 @@ class Trainer:
     def _row(self, split: str, epoch: int, sums: Sums) -> Row:
         done, rest = divmod(self.progress.step, self.partition.steps)
         seen = done * self.progress.images + rest * self.partition.batch_size
-        return {"split": split, "epoch": epoch, "step": self.progress.step, "images_seen": seen} | sums.figures()
+        row = {"split": split, "epoch": epoch, "step": self.progress.step, "images_seen": seen} | sums.figures()
+        return row | {"objective": sums.objective()} if split == "train" else row
 
     def _step_figures(self) -> Row:
         """Of the step just done."""
@@ -201,9 +206,10 @@ class Trainer:
         self.images_per_second = speed["images_per_second"]
         train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | speed
         start = time.perf_counter()
-        sums = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator).sums
-        self._require_finite(math.isfinite(sums.bce + sums.kld), "the test loss")
-        test = self._row("test", epoch, sums) | {"test_seconds": round(time.perf_counter() - start, 3)}
+        found = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator)
+        self._require_finite(math.isfinite(found.sums.bce + found.sums.kld), "the test loss")
+        times = {"test_seconds": round(time.perf_counter() - start, 3)}
+        test = self._row("test", epoch, found.sums) | {"kld_per_dim": found.kld_per_dim} | times
         on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test))
         self.progress.epoch_sums = self.progress.window_sums = Sums()
         self.save()
@@ -216,8 +222,10 @@ class Trainer:
         pictures.save_png(self.run.images / f"reconstruction_{epoch}.png", reconstructions)
         pictures.save_png(self.run.images / f"sample_{epoch}.png", samples)
         self.tracker.log(train, test)
+        note = remark(self.config, test["loss"], self.model.image_shape)
         print(
-            f"epoch {epoch}/{self.config.trainer.epochs}: train {train['loss']:.4f}, test {test['loss']:.4f} nats per image "
+            f"epoch {epoch}/{self.config.trainer.epochs}: "
+            f"train {train['loss']:.4f}, test {test['loss']:.4f} nats per image{note} "
             f"(bce {test['bce']:.2f} + kld {test['kld']:.2f}, n={test['n']}), {train['images_per_second']:,.0f} images/s",
             flush=True,
         )
