@@ -86,7 +86,7 @@ def test_a_saved_model_has_the_same_test_loss_at_any_number_of_processes(trained
     for processes in (1, 2, 3):
         folder = tmp_path / str(processes)
         shutil.copytree(trained, folder)
-        done = launch("vae_dist.evaluate", folder, processes=processes)
+        done = launch("vae_dist.evaluate", folder, "--iw_samples", 60, processes=processes)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("test loss") == 1
         losses.append(json.loads((folder / "evaluation.json").read_text()))
@@ -94,6 +94,9 @@ def test_a_saved_model_has_the_same_test_loss_at_any_number_of_processes(trained
         assert found["n"] == 300
         assert found["loss"] == pytest.approx(losses[0]["loss"], rel=1e-9)
         assert found["stderr"] == pytest.approx(losses[0]["stderr"], rel=1e-6)
+        assert found["nll"] == pytest.approx(losses[0]["nll"], rel=1e-12)
+        assert found["mutual_information"] == pytest.approx(losses[0]["mutual_information"], rel=1e-9)
+        assert found["active_units"] == losses[0]["active_units"]
 
 
 def test_deterministic_weights_are_the_same_bytes_through_a_change_of_processes(options: list[object], tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ ORDER = [
     "pictures",
     "wandb_file",
     "tracking",
+    "importance",
+    "posterior",
     "evaluate",
     "state",
     "replay",

@@ -1,6 +1,6 @@
 """Exact evaluation of a run on its test images, at any number of processes.
 
-python -m vae_dist.evaluate runs/mnist
+python -m vae_dist.evaluate runs/mnist --iw_samples 5000
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
@@ -19,27 +19,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import DataConfig, InputError
+from vae_dist.config import Config, DataConfig, InputError
 from vae_dist.data import binarized, gather, sources
 from vae_dist.data.order import Partition
 from vae_dist.distributed import on_first_rank, require_same, run_entry_point, start, sum_over_ranks, together
+from vae_dist.importance import PartialFile, log_marginals
 from vae_dist.likelihoods import bits_per_dimension, is_log_likelihood, remark
 from vae_dist.model import VAE, Output, reparameterize
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, kl_by_dimension, negative_elbo
 from vae_dist.options import command_line
+from vae_dist.posterior import ACTIVE_VARIANCE, active_units, mutual_information
 from vae_dist.run import RunFolder, is_checkpoint, load_model
+from vae_dist.tracking import summarise
 
 # Rows of every forward pass, whatever the number of ranks: an image's figure then never depends on who else evaluates.
 _ROWS = 500
 
 
 class Evaluation(NamedTuple):
-    """Sums over all images, the standard error of their mean loss, and their mean KL by latent dimension, in nats."""
+    """Figures of all images, in nats."""
 
     sums: Sums
-    stderr: float
-    kld_per_dim: list[float]
+    stderr: float  # of the mean loss over images
+    kld_per_dim: list[float]  # means over images
+    active_units: int
 
 
 @torch.no_grad()
@@ -53,7 +57,7 @@ def evaluate(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator, pr
     partition = Partition(len(pixels), _ROWS * ranks, ranks, _ROWS)
     order = torch.arange(len(pixels), device=pixels.device)
     key = derive_key(seed, Stream.EVALUATION)
-    totals = torch.zeros(4 + model.latent_dim, dtype=torch.float64, device=pixels.device)
+    totals = torch.zeros(4 + 3 * model.latent_dim, dtype=torch.float64, device=pixels.device)
     mine = partition.of_rank(order, accelerator.process_index).flatten(1)
     for indices in tqdm(mine, desc="evaluating", disable=None if progress and accelerator.is_main_process else True):
         images = gather(pixels, indices)
@@ -62,11 +66,19 @@ def evaluate(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator, pr
         terms = negative_elbo(Output(model.decoder(latents), *posterior, latents), images, model.likelihood)
         weights = indices >= 0
         columns = torch.stack([terms.bce, terms.kld, terms.loss.square(), torch.ones_like(terms.bce)])
-        columns = torch.cat([columns, kl_by_dimension(*posterior).T])
-        totals += (columns.double() * weights).sum(1)
-    bce, kld, squares, n, *kld_by_dimension = sum_over_ranks(accelerator, totals)
+        means = posterior.mean.T.double()
+        columns = torch.cat([columns.double(), kl_by_dimension(*posterior).T.double(), means, means.square()])
+        totals += (columns * weights).sum(1)
+    (bce, kld, squares, n), by_dimension = _cut(sum_over_ranks(accelerator, totals))
     variance = max(0.0, squares / n - ((bce + kld) / n) ** 2)
-    return Evaluation(Sums(bce, kld, n), math.sqrt(variance / n), [total / n for total in kld_by_dimension])
+    kld_per_dim, of_means, of_squares = by_dimension.view(3, -1)
+    stderr = math.sqrt(variance / n)
+    return Evaluation(Sums(bce, kld, n), stderr, (kld_per_dim / n).tolist(), active_units(of_means, of_squares, n))
+
+
+def _cut(totals: list[float]) -> tuple[list[float], Tensor]:
+    """The four sums, and those by latent dimension."""
+    return totals[:4], torch.tensor(totals[4:], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,18 @@ class Options:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run, or of one of its checkpoints."""
+    iw_samples: int = 0
+    """Latents of each image for log p(x) by importance sampling, such as 5000; 0 leaves it out."""
+    images: int | None = None
+    """Only the first so many test images."""
     root: Annotated[str | None, tyro.conf.arg(name="data.root")] = None
     """Where the data set lies, if elsewhere than in training."""
+
+    def __post_init__(self) -> None:
+        if self.iw_samples < 0:
+            raise InputError(f"--iw_samples {self.iw_samples}: must be 0 or more")
+        if self.images is not None and self.images < 1:
+            raise InputError(f"--images {self.images}: must be at least 1")
 
 
 def load_pixels(config: DataConfig, accelerator: Accelerator, train: bool, shape: Sequence[int] | None = None) -> Tensor:
@@ -105,21 +127,70 @@ def main(args: list[str] | None = None) -> int:
     accelerator = start()
     model, config = together(accelerator, lambda: load_model(options.run))
     data = replace(config.data, root=options.root or config.data.root)
-    pixels = load_pixels(data, accelerator, train=False, shape=model.image_shape)
-    result = evaluate(model.to(accelerator.device), pixels, config.seed, accelerator, progress=True)
-    figures = result.sums.figures()
-    if not math.isfinite(figures["loss"]):
-        raise InputError(f"{options.run}: the loss of this model is not finite")
-    parts = f"bce {figures['bce']:.4f} + kld {figures['kld']:.4f}"
-    note = remark(config, figures["loss"], model.image_shape)
-    accelerator.print(f"test loss {figures['loss']:.4f} ± {result.stderr:.4f} nats{note} ({parts}), n={figures['n']}")
+    pixels = load_pixels(data, accelerator, train=False, shape=model.image_shape)[: options.images]
+    record = figures(options, config, model.to(accelerator.device), pixels, accelerator)
+    accelerator.print(table(record, config, model.image_shape))
     if not is_checkpoint(options.run):  # those are sealed
-        record: dict[str, object] = {"split": "test", "elbo": -figures["loss"], **figures, "stderr": result.stderr}
-        record |= {"is_log_likelihood": is_log_likelihood(config), "kld_per_dim": result.kld_per_dim}
-        record |= {"bits_per_dim": bits_per_dimension(config, figures["loss"], model.image_shape)}
+        run = RunFolder(options.run)
         content = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        on_first_rank(accelerator, lambda: write_atomically(RunFolder(options.run).evaluation, content))
+        on_first_rank(accelerator, lambda: write_atomically(run.evaluation, content))
+        on_first_rank(accelerator, lambda: summarise(accelerator, run, config, record))
+        on_first_rank(accelerator, lambda: run.evaluation_so_far.unlink(missing_ok=True))
     return 0
+
+
+def figures(options: Options, config: Config, model: VAE, pixels: Tensor, accelerator: Accelerator) -> dict[str, Any]:
+    """All that evaluation.json holds. All ranks call it."""
+    found = evaluate(model, pixels, config.seed, accelerator, progress=True)
+    means = found.sums.figures()
+    if not math.isfinite(means["loss"]):
+        raise InputError(f"{options.run}: the loss of this model is not finite")
+    information, most = mutual_information(model, pixels, config.seed, accelerator)
+    return (
+        {"split": "test", "elbo": -means["loss"], **means, "stderr": found.stderr}
+        | {"is_log_likelihood": is_log_likelihood(config)}
+        | {"bits_per_dim": bits_per_dimension(config, means["loss"], model.image_shape)}
+        | (importance_figures(options, config, model, pixels, accelerator) if options.iw_samples else {})
+        | {"active_units": found.active_units, "latent_dim": model.latent_dim, "kld_per_dim": found.kld_per_dim}
+        | {"mutual_information": information, "mutual_information_at_most": most}
+    )
+
+
+def importance_figures(
+    options: Options, config: Config, model: VAE, pixels: Tensor, accelerator: Accelerator
+) -> dict[str, float | None]:
+    """-log p(x) by importance sampling, in nats per image. All ranks call it."""
+    n, samples = len(pixels), options.iw_samples
+    path = None if is_checkpoint(options.run) else RunFolder(options.run).evaluation_so_far
+    partial = PartialFile(path, model, pixels, config.seed, samples) if path else None
+    quiet = None if accelerator.is_main_process else True
+    with tqdm(total=n, desc=f"log p(x), {samples} samples", unit="image", smoothing=0, disable=quiet) as bar:
+        log_p = log_marginals(model, pixels, config.seed, samples, accelerator, partial, bar.update)
+    nll, spread = -log_p.mean().item(), log_p.std(correction=0).item()
+    bits = bits_per_dimension(config, nll, model.image_shape)
+    return {"nll": nll, "nll_stderr": spread / math.sqrt(n), "iw_samples": samples, "nll_bits_per_dim": bits}
+
+
+def table(record: dict[str, Any], config: Config, image_shape: Sequence[int]) -> str:
+    """The figures for a reader."""
+    parts = f"bce {record['bce']:.4f} + kld {record['kld']:.4f}"
+    note = remark(config, record["loss"], image_shape)
+    lines = [f"test loss {record['loss']:.4f} ± {record['stderr']:.4f} nats{note} ({parts}), n={record['n']}"]
+    if "nll" in record:
+        note, of = remark(config, record["nll"], image_shape), f"k={record['iw_samples']}, n={record['n']}"
+        name = "-log p(x)" if record["is_log_likelihood"] else "importance-weighted loss"
+        lines.append(f"{name} {record['nll']:.4f} ± {record['nll_stderr']:.4f} nats{note}, {of}")
+    information, most = record["mutual_information"], record["mutual_information_at_most"]
+    ceiling = " (at its ceiling, the log of the number of images)" if information > 0.99 * most else ""
+    active, dimensions = record["active_units"], record["latent_dim"]
+    lines += [
+        f"active units {active} of {dimensions} (variance of the posterior mean above {ACTIVE_VARIANCE})",
+        f"mutual information of image and latent {information:.2f} nats{ceiling}",
+        f"kld by dimension {' '.join(f'{kld:.2f}' for kld in sorted(record['kld_per_dim'], reverse=True))}",
+    ]
+    if active == 0:
+        lines.append("ALARM: the posterior has collapsed: no latent dimension tells anything of the image")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

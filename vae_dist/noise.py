@@ -30,6 +30,7 @@ class Stream(IntEnum):
     BINARY_TRAIN = 6
     BINARY_TEST = 7
     BINARY_EPOCH = 8
+    IMPORTANCE = 9
 
 
 def derive_key(seed: int, stream: Stream, *counters: int) -> int:

@@ -32,8 +32,10 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.images = self.path / "images"
         self.evaluation = self.path / "evaluation.json"
+        self.evaluation_so_far = self.path / "evaluation.safetensors"
         self._config = self.path / "config.yaml"
         self._status = self.path / "status.json"
+        self._wandb_id = self.path / "wandb" / "run_id"
         self._lock: TextIO | None = None
 
     def claim(self, config: Config) -> None:
@@ -104,10 +106,12 @@ class RunFolder:
 
     def wandb_id(self) -> str:
         """The id of this folder's W&B run, made up at its first use."""
-        file = self.path / "wandb" / "run_id"
-        if not file.is_file():
-            checkpoint.write_atomically(file, secrets.token_hex(4))
-        return file.read_text()
+        if not self.has_wandb():
+            checkpoint.write_atomically(self._wandb_id, secrets.token_hex(4))
+        return self._wandb_id.read_text()
+
+    def has_wandb(self) -> bool:
+        return self._wandb_id.is_file()
 
 
 def describe(config: Config, image_shape: Sequence[int]) -> dict[str, Any]:

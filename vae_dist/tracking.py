@@ -24,6 +24,7 @@ Row = dict[str, Any]
 
 _WANDB_START_SECONDS = 20.0  # for a server to answer before the run goes on offline
 _WANDB_END_SECONDS = 60.0  # for it to take the last figures; what it did not take lies in the run's folder
+_WITHOUT_WANDB = "going on without it; metrics.jsonl and the pictures have everything"
 
 
 class Tracker:
@@ -94,20 +95,7 @@ class RunTracker(Tracker):
             self._init_wandb(run, config, "offline")
 
     def _init_wandb(self, run: RunFolder, config: Config, mode: str) -> None:
-        import wandb  # costs a second: only where it is used
-
-        settings = wandb.Settings(silent=True, init_timeout=_WANDB_START_SECONDS, finish_timeout=_WANDB_END_SECONDS)
-        options = {
-            "id": run.wandb_id(),
-            "name": run.path.name,
-            "dir": str(run.path),
-            "mode": mode,
-            "settings": settings,
-        }
-        wandb.teardown()  # an attempt that failed still holds the run's id
-        self._accelerator.trackers.clear()
-        self._accelerator.init_trackers(config.tracking.project, to_mapping(config), {"wandb": options | {"resume": "allow"}})
-        self._wandb = self._accelerator.get_tracker("wandb", unwrap=True)
+        self._wandb = _opened(self._accelerator, run, config, mode)
         # The optimizer step is W&B's step. Offline, a restart goes on in a file of its own, which knows of no other.
         self._wandb_step = last_step(self._folder) if self._wandb.offline else self._wandb.starting_step - 1
 
@@ -135,15 +123,49 @@ class RunTracker(Tracker):
         return {f"images/{name}": wandb.Image(str(file)) for name, file in files if file.is_file()}
 
     @contextlib.contextmanager
-    def _surviving_wandb(
-        self, then: str = "going on without it; metrics.jsonl and the pictures have everything"
-    ) -> Iterator[None]:
+    def _surviving_wandb(self, then: str = _WITHOUT_WANDB) -> Iterator[None]:
         """Whatever happens in W&B, training goes on: it is said once, and W&B is left alone from then on."""
         try:
             yield
         except Exception as error:  # wandb raises its own errors, those of its transport, and OSError
             self._wandb = None
-            print(f"W&B failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {then}", flush=True)
+            print(f"{_wandb_failed(error)}; {then}", flush=True)
+
+
+def summarise(accelerator: Accelerator, run: RunFolder, config: Config, figures: Row) -> None:
+    """Puts figures into the summary of the run's W&B run, if it has one. Rank zero only."""
+    mode = wandb_mode(config)
+    if mode == "disabled" or not run.has_wandb():
+        return
+    try:
+        wandb_run = _opened(accelerator, run, config, mode)
+        wandb_run.summary.update({f"evaluation/{name}": value for name, value in figures.items()})
+        wandb_run.finish()
+    except Exception as error:  # as above
+        print(f"{_wandb_failed(error)}; evaluation.json has everything", flush=True)
+
+
+def _opened(accelerator: Accelerator, run: RunFolder, config: Config, mode: str) -> Any:
+    """The W&B run of a run's folder, begun or gone on with."""
+    import wandb  # costs a second: only where it is used
+
+    settings = wandb.Settings(silent=True, init_timeout=_WANDB_START_SECONDS, finish_timeout=_WANDB_END_SECONDS)
+    options = {
+        "id": run.wandb_id(),
+        "name": run.path.name,
+        "dir": str(run.path),
+        "mode": mode,
+        "settings": settings,
+        "resume": "allow",
+    }
+    wandb.teardown()  # an attempt that failed still holds the run's id
+    accelerator.trackers.clear()
+    accelerator.init_trackers(config.tracking.project, to_mapping(config), {"wandb": options})
+    return accelerator.get_tracker("wandb", unwrap=True)
+
+
+def _wandb_failed(error: Exception) -> str:
+    return f"W&B failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
 def _group(row: Row) -> str:
