@@ -44,6 +44,7 @@ ORDER = [
     "trainer",
     "train",
     "check",
+    "verify",
     "generate",
 ]
 

@@ -210,6 +210,25 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class ExpectConfig:
+    """What a recipe promises: `python -m vae_dist.verify FILE` holds it to that."""
+
+    figure: Literal["loss", "nll"] = "loss"
+    """Of the test images, in nats: the negative ELBO, or -log p(x) by importance sampling."""
+    iw_samples: int = 5000
+    """Latents of each image for nll."""
+    low: float | None = None
+    """The figure is at least this …"""
+    high: float | None = None
+    """… and at most this."""
+
+    def __post_init__(self) -> None:
+        _require(self.iw_samples >= 1, "--expect.iw_samples", self.iw_samples, "at least 1")
+        is_band = self.low is None or self.high is None or self.low < self.high
+        _require(is_band, "--expect.low", self.low, f"below --expect.high, {self.high}")
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. What it computes follows from these fields alone, at any number of processes."""
 
@@ -226,6 +245,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    expect: ExpectConfig = field(default_factory=ExpectConfig)
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "--seed", self.seed, "in 0 … 2^63 - 1")

@@ -32,6 +32,7 @@ FREE_FIELDS = frozenset(
         "trainer.timeout_minutes",
         "checkpoint",
         "tracking",
+        "expect",
     ]
 )
 
