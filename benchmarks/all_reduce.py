@@ -1,11 +1,12 @@
 """Times all-reduces over gloo: run by communication.py, once for each process.
 
-python -m benchmarks.all_reduce --store FILE --rank R --processes N --sizes BYTES ... --budget SECONDS
+RANK=R WORLD_SIZE=N python -m benchmarks.all_reduce --store FILE --sizes BYTES ... --budget SECONDS
 Rank zero prints one JSON list: [bytes, calls' median, lowest and highest seconds, calls] of each size.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from datetime import timedelta
@@ -36,19 +37,17 @@ def timings(buffer: Tensor, budget: float) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", required=True, help="file through which the processes find each other")
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", required=True, help="bytes of the float32 buffers")
     parser.add_argument("--budget", type=float, required=True, help="seconds to spend on a size, roughly")
     args = parser.parse_args()
-    store = f"file://{args.store}"
-    dist.init_process_group("gloo", store, timeout=SILENCE, world_size=args.processes, rank=args.rank)
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", f"file://{args.store}", timeout=SILENCE, world_size=processes, rank=rank)
     buffers = {size: torch.zeros(size // 4) for size in args.sizes}
     seconds: dict[int, list[float]] = {size: [] for size in args.sizes}
     for _ in range(PASSES):
         for size, buffer in buffers.items():
             seconds[size] += timings(buffer, args.budget / PASSES)
-    if args.rank == 0:
+    if rank == 0:
         print(json.dumps([[size, statistics.median(s), min(s), max(s), len(s)] for size, s in seconds.items()]), flush=True)
     dist.barrier()
     dist.destroy_process_group()

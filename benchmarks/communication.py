@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.namespaces import DEVICE, Link, linked, why_not
+from benchmarks.namespaces import DEVICE, Link, inside, linked, why_not
 from benchmarks.ring import MEASURED, Ring, Timing, error, fit
 from vae_dist.config import InputError
 from vae_dist.distributed import run_entry_point
@@ -54,21 +54,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def measure(starts: Sequence[Sequence[str]], device: str, sizes: Sequence[int], budget: float) -> list[Timing]:
-    """All-reduces by one process for each of `starts`, the words that go before its command. None outlives the call."""
+def tidy_on_sigterm() -> None:
+    """SIGTERM then leaves as Ctrl-C does: processes are ended and namespaces removed on the way out."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def together(commands: Sequence[Sequence[str]], device: str, **environment: str) -> str:
+    """What the first of several processes printed that end well, each with its RANK. None outlives the call."""
     processes: list[subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        common = ["--store", f"{folder}/store", "--processes", str(len(starts)), "--budget", str(budget)]
-        for rank, start in enumerate(starts):
-            command = [*start, sys.executable, "-m", "benchmarks.all_reduce", *common, "--rank", str(rank), "--sizes"]
-            errors = stack.enter_context((Path(folder) / f"errors_{rank}").open("w+"))
+        for rank, command in enumerate(commands):
+            errors = stack.enter_context((Path(folder) / str(rank)).open("w"))
+            own = {"GLOO_SOCKET_IFNAME": device, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(len(commands))}
+            printed = subprocess.PIPE if rank == 0 else subprocess.DEVNULL  # little: a pipe holds it
             process = subprocess.Popen(
-                [*command, *map(str, sizes)],
-                cwd=ROOT,
-                env=os.environ | {"GLOO_SOCKET_IFNAME": device, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stderr=errors,
-                text=True,
+                command, cwd=ROOT, env=os.environ | own | environment, stdout=printed, stderr=errors, text=True
             )
             stack.callback(_end, process)
             processes.append(process)
@@ -79,13 +79,12 @@ def measure(starts: Sequence[Sequence[str]], device: str, sizes: Sequence[int], 
             time.sleep(0.1)
         for rank, process in enumerate(processes):
             if process.poll():
-                told = (Path(folder) / f"errors_{rank}").read_text().strip().splitlines()
+                told = (Path(folder) / str(rank)).read_text().strip().splitlines()
                 raise SystemExit(f"error: process {rank} ended with {process.returncode}: {told[-1] if told else 'in silence'}")
         if any(process.poll() is None for process in processes):
-            raise SystemExit(f"error: {len(starts)} processes took longer than {PATIENCE:.0f} seconds")
+            raise SystemExit(f"error: {len(commands)} processes took longer than {PATIENCE:.0f} seconds")
         assert processes[0].stdout is not None
-        found = json.loads(processes[0].stdout.read())
-    return [Timing(len(starts), size, *figures) for size, *figures in found]
+        return processes[0].stdout.read()
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
@@ -93,6 +92,15 @@ def _end(process: "subprocess.Popen[str]") -> None:
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
+
+
+def measure(starts: Sequence[Sequence[str]], device: str, sizes: Sequence[int], budget: float) -> list[Timing]:
+    """All-reduces by one process for each of `starts`, the words that go before its command."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.all_reduce", "--store", f"{folder}/store", "--budget", str(budget)]
+        sizes_told = ["--sizes", *map(str, sizes)]
+        found = json.loads(together([[*start, *command, *sizes_told] for start in starts], device))
+    return [Timing(len(starts), size, *figures) for size, *figures in found]
 
 
 def on_loopback(sizes: Sequence[int], budget: float, counts: Sequence[int] = (2, 4)) -> Network:
@@ -103,7 +111,7 @@ def on_loopback(sizes: Sequence[int], budget: float, counts: Sequence[int] = (2,
 
 def between_namespaces(link: Link, sizes: Sequence[int], budget: float) -> Network:
     with linked(link) as (names, slowed_by):
-        timings = measure([["ip", "netns", "exec", name] for name in names], DEVICE, sizes, budget)
+        timings = measure([inside(name) for name in names], DEVICE, sizes, budget)
     return Network(slowed_by, fit(timings), timings)
 
 
@@ -161,7 +169,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for name in options.networks:
         if name != "loopback" and name not in LINKS:
             raise InputError(f"--networks {name}: must be of loopback, {', '.join(LINKS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the namespaces are removed on the way out
+    tidy_on_sigterm()
     machine = f"{platform.machine()}, {cores()} cores, torch {torch.__version__}"
     print(f"{machine}; sums of float32 buffers over gloo; one process alone has nothing to sum", flush=True)
     networks: dict[str, Network] = {}

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 DEVICE = "wire"  # what either namespace calls its end of the link
-_ADDRESSES = ("10.77.0.1/30", "10.77.0.2/30")  # seen by nobody outside the two
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # seen by nobody outside the two
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # of <linux/if_tun.h>
 _PACKET = 9000  # bytes of the largest packet on our own wire: it carries some 1.3 Gbit/s each way, in Python; less of 1500
@@ -47,6 +47,11 @@ def why_not() -> str | None:
         return f"network namespaces cannot be made: {error}"
 
 
+def inside(name: str) -> list[str]:
+    """The words that start a command in a namespace."""
+    return ["ip", "netns", "exec", name]
+
+
 @contextlib.contextmanager
 def linked(link: Link) -> Iterator[tuple[tuple[str, str], str]]:
     """The names of two namespaces that see each other through DEVICE, and what slows their link down. Gone afterwards."""
@@ -70,8 +75,8 @@ def linked(link: Link) -> Iterator[tuple[tuple[str, str], str]]:
             )
         else:
             stack.enter_context(_wire(names, link))
-        for name, address in zip(names, _ADDRESSES, strict=True):
-            _run("ip", "-n", name, "addr", "add", address, "dev", DEVICE)
+        for name, address in zip(names, ADDRESSES, strict=True):
+            _run("ip", "-n", name, "addr", "add", f"{address}/30", "dev", DEVICE)
             _run("ip", "-n", name, "link", "set", "dev", DEVICE, "up")
         if link.is_plain:
             yield names, "nothing"

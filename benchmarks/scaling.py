@@ -52,8 +52,8 @@ NETWORKS = {
     "infiniband": Network(_NVLINK, _INFINIBAND),
     "ethernet-10g": everywhere(_ETHERNET_10G),
     "ethernet-1g": everywhere(_ETHERNET_1G),
-    # Measured by benchmarks/communication.py: docs/scaling.md.
-    "gloo-loopback": everywhere(Ring(186e-6, 1.5e9)),
+    # Measured by benchmarks/communication.py on two CPU cores: docs/scaling.md.
+    "gloo-loopback": everywhere(Ring(237e-6, 0.868e9)),
 }
 
 
@@ -116,7 +116,7 @@ def counts(gpus: int) -> list[int]:
 def table(plan: Plan, gpus: int) -> list[str]:
     images = plan.model.images
     lines = [
-        f"{'':20}{f'{images:,} images on each GPU':^39}{f'{images:,} images shared out':^35}",
+        f"{'':20}{f'{images:,} images on each GPU':^39}{f'{images:,} images shared out':^35}".rstrip(),
         ROW.format("GPUs", "all-reduce µs", "step µs", "efficiency", "images/s", "step µs", "efficiency", "speed-up"),
     ]
     for count in counts(gpus):
