@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash bench check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash bench communication scaling verify check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,15 @@ test-crash: setup ## kill a run at 70 random moments and compare it with one lef
 
 bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST in DATA (data); some ten minutes
 	$(BIN)/python -m benchmarks.bench --data $(or $(DATA),data)
+
+communication: setup ## time sums over gloo, here and between network namespaces (as root), and fit them; some three minutes
+	$(BIN)/python -m benchmarks.communication $(ARGS)
+
+scaling: setup ## the expected efficiency of more GPUs: ARGS='--gpus 8 --network nvlink --step-us 60'
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+verify: setup ## train and evaluate CONFIG and hold the result to its band; the recipe of the embedded digits takes a minute
+	$(BIN)/python -m vae_dist.verify $(CONFIG) $(ARGS)
 
 check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .

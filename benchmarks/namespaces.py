@@ -57,22 +57,8 @@ def linked(link: Link) -> Iterator[tuple[tuple[str, str], str]]:
     """The names of two namespaces that see each other through DEVICE, and what slows their link down. Gone afterwards."""
     with _namespaces() as names, contextlib.ExitStack() as stack:
         if link.is_plain or _has_netem(names[0]):
-            _run(
-                "ip",
-                "link",
-                "add",
-                "name",
-                DEVICE,
-                "netns",
-                names[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                DEVICE,
-                "netns",
-                names[1],
-            )
+            ends = [["name", DEVICE, "netns", name] for name in names]
+            _run("ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1])
         else:
             stack.enter_context(_wire(names, link))
         for name, address in zip(names, ADDRESSES, strict=True):

@@ -6,6 +6,7 @@ Prints a line for each network: the step on paper, and as it was measured.
 
 import argparse
 import contextlib
+import os
 import socket
 import statistics
 import sys
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.communication import LINKS, cores, tidy_on_sigterm, together
+from benchmarks.communication import LINKS, tidy_on_sigterm, together
 from benchmarks.namespaces import ADDRESSES, DEVICE, inside, linked, why_not
 from benchmarks.ring import MEASURED, read_measured
 from vae_dist.config import DataConfig
@@ -25,6 +26,10 @@ IMAGES, EPOCHS = 64, 3  # images of a process in a step; the first epoch is not 
 ROW = "{:<10}{:<24}{:>12}{:>15}{:>13}{:>13}{:>8}"
 
 
+def cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
 def step_seconds(starts: Sequence[Sequence[str]], device: str, address: str, hidden: int, data: str) -> float:
     """The median epoch's seconds for a step, with IMAGES images and one thread for each process."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
@@ -34,15 +39,16 @@ def step_seconds(starts: Sequence[Sequence[str]], device: str, address: str, hid
         options = {"data.root": data, "data.batch_size": IMAGES * len(starts), "trainer.epochs": EPOCHS}
         options |= {"model.hidden": hidden, "tracking.wandb": "disabled", "output": f"{folder}/run"}
         command = [sys.executable, "-m", "vae_dist.train", *(f"--{name}={value}" for name, value in options.items())]
-        # As if every core had a process: each then takes one thread, also where it is alone.
+        # Each by itself on a machine of one core: one thread, and sums over gloo rather than in shared memory.
+        pinned = [[*start, "taskset", "--cpu-list", str(core)] for start, core in zip(starts, cores(), strict=False)]
         environment = {
-            "LOCAL_WORLD_SIZE": str(cores()),
+            "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "LOCAL_RANK": "0",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        together([[*start, *command] for start in starts], device, **environment)
+        together([[*start, *command] for start in pinned], device, **environment)
         rows = read_rows(Path(folder) / "run" / "metrics.jsonl")
     epochs = [row for row in rows if "train_seconds" in row][1:]
     images = IMAGES * len(starts)

@@ -22,7 +22,7 @@ Exit status 0 inside, 1 outside. A run that was interrupted goes on."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    recipe, *options = sys.argv[1:] if args is None else args or ("",)
+    recipe, *options = (sys.argv[1:] if args is None else args) or [""]
     if recipe in ("-h", "--help"):
         print(_USAGE)
         return 0

@@ -1,0 +1,78 @@
+"""A recipe is trained, evaluated and held to its band, as a user would: in real processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, environment
+
+RECIPE = """
+data:
+  root: {root}
+model:
+  hidden: [40]
+trainer:
+  epochs: 2
+expect:
+  figure: {figure}
+  iw_samples: 30
+  low: {low}
+  high: {high}
+"""
+
+
+def verify(*args: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "vae_dist.verify", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=180, check=False)
+
+
+def recipe(folder: Path, root: Path, low: float = 0.0, high: float = 1000.0, figure: str = "loss") -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(RECIPE.format(root=root, low=low, high=high, figure=figure))
+    return file
+
+
+def test_a_result_inside_its_band_is_status_0_and_one_outside_is_1(small_root: Path, tmp_path: Path) -> None:
+    options = ["--output", tmp_path / "run", "--tracking.wandb", "disabled"]
+    inside = verify(recipe(tmp_path, small_root, figure="nll"), *options)
+    assert inside.returncode == 0, inside.stderr
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["iw_samples"] == 30
+    assert f"test nll {found['nll']:.4f} nats, inside 0 to 1000" in inside.stdout
+    outside = verify(recipe(tmp_path, small_root, high=100.0), *options)  # the run is there already
+    assert outside.returncode == 1, outside.stderr
+    assert f"test loss {found['loss']:.4f} nats, OUTSIDE 0 to 100" in outside.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--trainer.epochs", 1], "--trainer.epochs 1: the band is of 2 epochs"),
+        (["--optimizer.lr", 1], "optimizer.lr: 0.001 there, 1.0 here"),
+    ],
+)
+def test_another_job_is_no_test_of_a_recipe(options: list[object], told: str, small_root: Path, tmp_path: Path) -> None:
+    done = verify(recipe(tmp_path, small_root), "--output", tmp_path / "run", *options)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_without_a_band_and_no_recipe_are_refused(small_root: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, small_root)
+    file.write_text(file.read_text().split("expect:")[0])
+    without = verify(file)
+    assert (without.returncode, "has no band" in without.stderr) == (2, True)
+    none = verify()
+    assert (none.returncode, "name the recipe first" in none.stderr) == (2, True)
+    assert verify("--help").stdout.startswith("usage: ")
+
+
+def test_status_of_what_fails_is_passed_on(small_root: Path, tmp_path: Path) -> None:
+    done = verify(recipe(tmp_path, small_root), "--data.root", tmp_path / "nowhere", "--output", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
