@@ -1,84 +1,171 @@
-"""Where a training step of vae_dist goes, and what bounds it: run by bench.py, in one process or through a launcher.
+"""Watches a training program, which knows nothing of it: when its first step was done, or where its steps go and their bound.
 
-python benchmarks/step_profile.py --data.root DIR --output DIR [options of vae_dist.train]
-Rank zero prints one JSON object: shares of the step's time, and the step's matrix products alone in warm caches.
+python -m benchmarks.watch [--profile FIRST LAST --precision bf16] MODULE [options of the module]
+Rank zero prints one JSON object. With --profile the program ends after the watched steps.
 """
 
+import argparse
 import json
+import os
+import runpy
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from vae_dist import train
-from vae_dist.distributed import run_entry_point
-from vae_dist.trainer import Trainer
+BATCH = 128  # images of a step of every program
+ADAM_BYTES = 28  # a parameter's share of a step of Adam: its weight, gradient and two moments are read, all but one written
 
-FIRST, LAST = 100, 200  # the steps that are watched
-
+# What an operator's time is counted as; one inside of another, as the operators in a loader are, goes with the outer one.
+# The noise of the latents is data, too: vae_dist makes it for many steps at once.
 KINDS = {
     "gemm": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "optimizer": ("aten::_fused_adam_", "Optimizer."),
-    "data": ("aten::index_select", "aten::div_"),
-    "communication": ("c10d::", "gloo:"),
+    "optimizer": ("Optimizer.", "aten::_fused_adam_"),
+    "data": ("data", "enumerate(DataLoader)", "aten::index_select", "aten::div_", "aten::randperm", "aten::randn_like"),
 }
 
 
-def shares(watched: profile) -> dict[str, float]:
-    """Parts of the time that the main thread's operators took by themselves."""
-    events = [(event.key, event.self_cpu_time_total) for event in watched.key_averages()]
-    total = sum(time for _, time in events)
-    kinds = {kind: sum(t for key, t in events if key.startswith(names)) / total for kind, names in KINDS.items()}
-    return kinds | {"other": 1 - sum(kinds.values())}
+def told(found: dict[str, object]) -> None:
+    """Rank zero prints; the program's own lines do not begin with a brace."""
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found), flush=True)
 
 
-def best_seconds(action: Callable[[], object], repetitions: int = 100) -> float:
-    def once() -> float:
+def watch_start() -> None:
+    """Tells the time, in seconds since 1970, at which the first optimizer step was done."""
+
+    def first_step(*_: object) -> None:
+        handle.remove()
+        told({"first_step_at": time.time()})
+
+    handle = register_optimizer_step_post_hook(first_step)
+
+
+def watch_steps(first: int, last: int, dtype: torch.dtype) -> None:
+    """Tells where the steps after `first` up to `last` go, and the floor that the machine sets; then ends the program."""
+    watched, done, start = profile(activities=[ProfilerActivity.CPU]), 0, 0.0
+
+    def step_done(optimizer: Optimizer, *_: object) -> None:
+        nonlocal done, start
+        done += 1
+        if done == first:
+            watched.start()
+            start = time.perf_counter()
+        elif done == last:
+            seconds = (time.perf_counter() - start) / (last - first)
+            watched.stop()
+            spent = {kind: time / (last - first) for kind, time in kind_seconds(watched).items()}
+            shares = {kind: time / seconds for kind, time in spent.items()}
+            told({"step_seconds": seconds, "shares": shares} | floor(optimizer, dtype))
+            raise SystemExit(0)  # the rest of the epoch would tell nothing new
+
+    register_optimizer_step_post_hook(step_done)
+
+
+def label_data() -> None:
+    """Marks what vae_dist does to have a step's images and noise."""
+    from vae_dist import trainer
+
+    for name in ("gather", "normal"):
+        setattr(trainer, name, labelled(getattr(trainer, name)))
+
+
+def labelled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def under_label(*args: object) -> Tensor:
+        with record_function("data"):
+            return function(*args)
+
+    return under_label
+
+
+def kind_seconds(watched: profile) -> dict[str, float]:
+    """Seconds of each kind, by the operators' own times; an operator without a kind is of its caller's."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for event in watched.events() or []:
+        caller = event
+        while caller is not None and (kind := kind_of(caller.name)) is None:
+            caller = caller.cpu_parent
+        if caller is not None and kind is not None:
+            seconds[kind] += event.self_cpu_time_total * 1e-6
+    return seconds
+
+
+def kind_of(name: str) -> str | None:
+    return next((kind for kind, names in KINDS.items() if name.startswith(names)), None)
+
+
+def floor(optimizer: Optimizer, dtype: torch.dtype) -> dict[str, float]:
+    """The shortest a step of this process may take: its matrix products and Adam's memory traffic, alone in warm caches."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    rows = -(-BATCH // int(os.environ.get("WORLD_SIZE", "1")))
+    gemm, flops = gemm_seconds([parameter.shape for parameter in parameters if parameter.ndim == 2], rows, dtype)
+    count = sum(parameter.numel() for parameter in parameters)
+    moved = copied_bytes_per_second(2 * count)
+    return {
+        "gemm_seconds": gemm,
+        "gemm_flops_per_second": flops / gemm,
+        "optimizer_seconds": ADAM_BYTES * count / moved,
+        "copied_bytes_per_second": moved,
+    }
+
+
+def gemm_seconds(layers: list[torch.Size], rows: int, dtype: torch.dtype) -> tuple[float, int]:
+    """A step's matrix products, each alone and as fast as it will go: seconds and operations.
+
+    `layers` are (outputs, inputs).
+    """
+    seconds, flops = 0.0, 0
+    for number, (outputs, inputs) in enumerate(layers):
+        x, w, g = (torch.randn(shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+        products: list[Callable[[], Tensor]] = [lambda x=x, w=w: x.mm(w.t()), lambda x=x, g=g: g.t().mm(x)]  # type: ignore[misc]
+        if number > 0:  # the images need no gradient
+            products.append(lambda g=g, w=w: g.mm(w))  # type: ignore[misc]
+        seconds += sum(map(best_seconds, products))
+        flops += len(products) * 2 * rows * inputs * outputs
+    return seconds, flops
+
+
+def copied_bytes_per_second(numbers: int) -> float:
+    """Bytes read and written per second in copies of float32 numbers: of as much memory as Adam's step has to do with."""
+    source, target = torch.ones(numbers), torch.ones(numbers)
+    return 2 * 4 * numbers / best_seconds(lambda: target.copy_(source))
+
+
+def best_seconds(action: Callable[[], object], at_least: float = 0.03) -> float:
+    """Seconds of an action, in the best of five series of at least that many seconds each."""
+
+    def series(repetitions: int) -> float:
         start = time.perf_counter()
         for _ in range(repetitions):
             action()
         return (time.perf_counter() - start) / repetitions
 
-    return min(once() for _ in range(5))
+    repetitions = 1 + int(at_least / series(3))
+    return min(series(repetitions) for _ in range(5))
 
 
-def gemm_seconds(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
-    """A step's matrix products, each alone and as fast as it will go: the floor of the step."""
-    layers: Iterable[nn.Linear] = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    seconds = 0.0
-    for number, layer in enumerate(layers):
-        x = torch.randn(rows, layer.in_features, dtype=dtype)
-        w = torch.randn(layer.out_features, layer.in_features, dtype=dtype)
-        g = torch.randn(rows, layer.out_features, dtype=dtype)
-        products: list[Callable[[], Tensor]] = [lambda x=x, w=w: x.mm(w.t()), lambda x=x, g=g: g.t().mm(x)]  # type: ignore[misc]
-        if number > 0:  # the images need no gradient
-            products.append(lambda g=g, w=w: g.mm(w))  # type: ignore[misc]
-        seconds += sum(map(best_seconds, products))
-    return seconds
-
-
-def main() -> int:
-    """Trains as `vae_dist.train` does, but watches some steps."""
-    step, watched = Trainer._train_step, profile(activities=[ProfilerActivity.CPU])
-
-    def watching(self: Trainer, indices: Tensor, noise: Tensor) -> None:
-        if self.progress.step == FIRST:
-            watched.start()
-        step(self, indices, noise)
-        if self.progress.step == LAST:
-            watched.stop()
-            dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
-            floor = gemm_seconds(self.model, self.partition.rows, dtype)
-            if self.accelerator.is_main_process:
-                print(json.dumps({"gemm_floor_seconds": floor, "shares": shares(watched)}), flush=True)
-            raise SystemExit(0)  # the rest of the epoch would tell nothing new
-
-    Trainer._train_step = watching  # type: ignore[method-assign]
-    return train.main(sys.argv[1:])
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.watch", description=__doc__)
+    parser.add_argument("--profile", type=int, nargs=2, metavar=("FIRST", "LAST"), help="watch the steps between these two")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the matrix products")
+    parser.add_argument("module")
+    parser.add_argument("options", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    if args.profile is None:
+        watch_start()
+    else:
+        first, last = args.profile
+        watch_steps(first, last, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+        if args.module.startswith("vae_dist"):
+            label_data()
+    sys.argv = [args.module, *args.options]
+    runpy.run_module(args.module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    main()
