@@ -99,7 +99,7 @@ def measure(case: Case, data: str) -> dict[str, Any]:
 
 
 def profile(case: Case, data: str, steps: int) -> dict[str, Any]:
-    """Where a step goes, and what it would take at least. `steps` make an epoch; some of the first half are watched."""
+    """Where a step goes, and what it would take at least. `steps` make an epoch; up to 100 of its first half are watched."""
     window = [str(min(100, steps // 4)), str(min(200, steps // 2))]
     with tempfile.TemporaryDirectory() as folder:
         watch = ["--profile", *window, f"--precision={case.precision}"]
