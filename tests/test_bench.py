@@ -99,14 +99,16 @@ def test_a_small_benchmark_runs_to_its_end(
     small_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # steps so small gain nothing from more, and other tests run beside
-    options = ["--data", small_root, "--rounds", 1, "--hidden", 40, "--only", "fp32: (tight|vae_dist)$", "--out", tmp_path]
+    options = ["--data", small_root, "--rounds", 1, "--hidden", 40, "--only", "fp32: vae_dist$", "--out", tmp_path]
     assert bench.main(list(map(str, options))) == 0
     printed = capsys.readouterr().out
-    result = json.loads((tmp_path / "bench.json").read_text())
-    assert [case["case"]["program"] for case in result["cases"]] == ["tight", "vae_dist"]
-    for case in result["cases"]:
-        assert 0 < case["epoch_seconds"] < case["start_seconds"] < 60
-        assert set(case["shares"]) == {"gemm", "optimizer", "data", "communication", "other"}
-        assert case["shares"]["gemm"] > 0
-        assert case["bound"] in printed
+    (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert case["case"] == Case("vae_dist", 40)._asdict()
+    assert 0 < case["epoch_seconds"] < case["start_seconds"] < 120
+    assert case["shares"].keys() == {"gemm", "optimizer", "data", "communication", "other"}
+    assert case["shares"]["gemm"] > 0
+    assert case["bound"] in printed
     assert (tmp_path / "speed.png").is_file()
+    loop = bench.measure(Case("tight", 40), str(small_root))
+    assert loop.keys() == RUN.keys()
+    assert 0 < loop["epoch_seconds"] < loop["start_seconds"]
