@@ -104,7 +104,7 @@ def test_a_small_benchmark_runs_to_its_end(
     printed = capsys.readouterr().out
     (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
     assert case["case"] == Case("vae_dist", 40)._asdict()
-    assert 0 < case["epoch_seconds"] < case["start_seconds"] < 120
+    assert 0 < case["epoch_seconds"] < case["start_seconds"]
     assert case["shares"].keys() == {"gemm", "optimizer", "data", "communication", "other"}
     assert case["shares"]["gemm"] > 0
     assert case["bound"] in printed
