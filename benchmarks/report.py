@@ -68,7 +68,7 @@ def epoch_floor(profiles: list[dict[str, Any]], steps: int) -> dict[str, float]:
         "gemm_seconds": steps * gemm["gemm_seconds"],
         "gemm_flops_per_second": gemm["gemm_flops_per_second"],
         "optimizer_seconds": steps * optimizer["optimizer_seconds"],
-        "copied_bytes_per_second": optimizer["copied_bytes_per_second"],
+        "moved_bytes_per_second": optimizer["moved_bytes_per_second"],
     }
 
 
@@ -91,10 +91,13 @@ def bound(found: Found) -> str:
     """What bounds a case, and how far it is from the floor."""
     shares, floor = found["shares"], found["floor"]
     kind = max(IN_WORDS, key=lambda kind: shares[kind] or 0.0)
-    gflops, gigabytes = floor["gemm_flops_per_second"] / 1e9, floor["copied_bytes_per_second"] / 1e9
+    gflops, gigabytes = floor["gemm_flops_per_second"] / 1e9, floor["moved_bytes_per_second"] / 1e9
     times = found["epoch_seconds"] / floor["seconds"]
+    distance = f"it takes {times:.1f} times that floor"
+    if times < 1:
+        distance = "but it takes less: the machine was busy when the floor was measured, which is void"
     return (
         f"bound by {IN_WORDS[kind]} ({shares[kind]:.0%} of the step). Alone, its matrix products would take "
         f"{floor['gemm_seconds']:.2f} s an epoch, at {gflops:,.0f} GFLOP/s, and Adam's {ADAM_BYTES} bytes a parameter "
-        f"{floor['optimizer_seconds']:.2f} s, at {gigabytes:,.0f} GB/s; it takes {times:.1f} times that floor"
+        f"{floor['optimizer_seconds']:.2f} s, at {gigabytes:,.0f} GB/s; {distance}"
     )
