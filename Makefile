@@ -62,8 +62,8 @@ test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_D
 test-crash: setup ## kill a run at 70 random moments and compare it with one left in peace (slow)
 	$(BIN)/python -m pytest -m slow tests/test_crash.py tests/test_faults.py -o addopts="--strict-markers --strict-config"
 
-bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST in DATA (data); some ten minutes
-	$(BIN)/python -m benchmarks.bench --data $(or $(DATA),data)
+bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST in DATA (data), and draw it; a quarter of an hour
+	$(BIN)/python -m benchmarks.bench --data $(or $(DATA),data) $(ARGS)
 
 communication: setup ## time sums over gloo, here and between network namespaces (as root), and fit them; some three minutes
 	$(BIN)/python -m benchmarks.communication $(ARGS)

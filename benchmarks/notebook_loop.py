@@ -41,7 +41,6 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with MNIST/raw in it")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=None, help="stop after so many steps")
     args = parser.parse_args()
     torch.manual_seed(0)
     loaders = [
@@ -53,9 +52,7 @@ def main() -> None:
     seconds, test = [], 0.0
     for _ in range(args.epochs):
         start = time.perf_counter()
-        for step, (x, _labels) in enumerate(loaders[0]):
-            if step == args.steps:
-                return
+        for x, _labels in loaders[0]:
             optimizer.zero_grad()
             reconstruction, mean, logvar = model(x)
             loss = loss_function(reconstruction, x, mean, logvar)
