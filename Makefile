@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash bench communication scaling verify check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash bench communication scaling verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,11 @@ scaling: setup ## the expected efficiency of more GPUs: ARGS='--gpus 8 --network
 
 verify: setup ## train and evaluate CONFIG and hold the result to its band; the recipe of the embedded digits takes a minute
 	$(BIN)/python -m vae_dist.verify $(CONFIG) $(ARGS)
+
+reproduce: setup ## train and evaluate the table of Burda et al. 2016, in nats: hours on a GPU, days on a CPU; it goes on after a stop
+	@for recipe in configs/iwae/*.yaml; do \
+		$(BIN)/python -m vae_dist.verify $$recipe $(ARGS) || failed="$$failed $$recipe"; \
+	done; [ -z "$$failed" ] || { echo "not as published:$$failed" >&2; exit 1; }
 
 check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .

@@ -39,6 +39,7 @@ class Replay:
         self._inputs: list[Tensor] = []
         self._recording: Recording | None = None
         self._has_failed = False
+        self._side: torch.cuda.Stream | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The result lies in the same memory each time: use it before the next call."""
@@ -67,9 +68,10 @@ class Replay:
         """As torch wants it before a recording: autograd remembers the stream on which a gradient was first added up."""
         if not inputs[0].is_cuda:
             return self._action(*inputs)
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+        self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        main = torch.cuda.current_stream()
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
             result = self._action(*inputs)
-        main.wait_stream(side)
+        main.wait_stream(self._side)
         return result
