@@ -17,13 +17,15 @@ import vae_dist
 from tests.helpers import Outcome
 from vae_dist import importance
 from vae_dist.config import ModelConfig
-from vae_dist.data import as_images, glyphs
+from vae_dist.data import as_images, glyphs, sources
 from vae_dist.evaluate import evaluate
 from vae_dist.importance import PartialFile, log_marginals
 from vae_dist.likelihoods import Likelihood
 from vae_dist.model import VAE, build_model
 from vae_dist.noise import Stream, derive_key, normal
+from vae_dist.objective import negative_elbo
 from vae_dist.posterior import mutual_information
+from vae_dist.run import RunFolder
 
 Command = Callable[..., Outcome]
 SIGMA = 0.3
@@ -104,6 +106,19 @@ def test_it_is_the_mean_weight_of_the_same_draws_in_float64(accelerator: Acceler
     p = torch.distributions.Bernoulli(logits=double.decoder(z.flatten(0, 1)).view(40, 60, -1), validate_args=False)
     log_weights = p.log_prob(images.view(40, 1, -1)).sum(2) + Normal(0.0, 1.0).log_prob(z).sum(2) - q.log_prob(z).sum(2)
     torch.testing.assert_close(found, log_weights.logsumexp(1) - math.log(60), rtol=1e-6, atol=1e-4)
+
+
+def test_standard_errors_are_those_of_a_mean_over_images(finished: Path, command: Command) -> None:
+    assert command("evaluate", finished, "--iw_samples", 7, "--images", 50).status == 0
+    found = json.loads((finished / "evaluation.json").read_text())
+    config, model = RunFolder(finished).config(), vae_dist.load(finished)
+    pixels = sources.load(config.data, train=False).pixels[:50]
+    log_p = log_marginals(model, pixels, config.seed, 7, Accelerator(cpu=True))
+    assert found["nll_stderr"] == pytest.approx(log_p.std(correction=0).item() / math.sqrt(50), rel=1e-9)
+    images, draw = as_images(pixels), normal(derive_key(config.seed, Stream.EVALUATION), torch.arange(50), 20)
+    with torch.no_grad():
+        losses = negative_elbo(model(images, draw), images, model.likelihood).loss.double()
+    assert found["stderr"] == pytest.approx(losses.std(correction=0).item() / math.sqrt(50), rel=1e-6)
 
 
 def test_memory_does_not_grow_with_the_samples(accelerator: Accelerator) -> None:

@@ -65,9 +65,10 @@ def evaluate(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator, pr
         latents = reparameterize(posterior, normal(key, indices, model.latent_dim))
         terms = negative_elbo(Output(model.decoder(latents), *posterior, latents), images, model.likelihood)
         weights = indices >= 0
-        columns = torch.stack([terms.bce, terms.kld, terms.loss.square(), torch.ones_like(terms.bce)])
+        sums = torch.stack([terms.bce, terms.kld, terms.loss, torch.ones_like(terms.bce)]).double()
+        sums[2] = sums[2].square()
         means = posterior.mean.T.double()
-        columns = torch.cat([columns.double(), kl_by_dimension(*posterior).T.double(), means, means.square()])
+        columns = torch.cat([sums, kl_by_dimension(*posterior).T.double(), means, means.square()])
         totals += (columns * weights).sum(1)
     (bce, kld, squares, n), by_dimension = _cut(sum_over_ranks(accelerator, totals))
     variance = max(0.0, squares / n - ((bce + kld) / n) ** 2)
