@@ -47,6 +47,12 @@ def test_gradients_and_losses_agree_with_one_process(setting: str, processes: in
 def test_sums_in_shared_memory_are_those_of_all_ranks(seen: dict[int, Any]) -> None:
     for observed in seen.values():
         assert observed["shared memory"] == [0, 0, 0, 0]
+        assert observed["memory that one rank cannot have"]
+
+
+def test_a_step_is_replayed_only_where_all_ranks_have_recorded_it(seen: dict[int, Seen]) -> None:
+    for observed in seen.values():
+        assert observed["adam"]["recorded"] == [False, True]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

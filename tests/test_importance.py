@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,9 +15,9 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 import vae_dist
-from tests.helpers import Outcome
+from tests.helpers import Outcome, everything
 from vae_dist import importance
-from vae_dist.config import ModelConfig
+from vae_dist.config import Config, ModelConfig
 from vae_dist.data import as_images, glyphs, sources
 from vae_dist.evaluate import evaluate
 from vae_dist.importance import PartialFile, log_marginals
@@ -70,11 +71,16 @@ def linear() -> tuple[VAE, Tensor, Tensor]:
     return model, pixels, log_p
 
 
+def estimate(model: VAE, pixels: Tensor, seed: int, samples: int, accelerator: Accelerator) -> Tensor:
+    """Without a file."""
+    return log_marginals(model, pixels, seed, samples, accelerator, PartialFile(None, Config(), model, pixels, samples))
+
+
 def test_it_agrees_with_the_closed_form_of_a_linear_gaussian_model(
     linear: tuple[VAE, Tensor, Tensor], accelerator: Accelerator
 ) -> None:
     model, pixels, log_p = linear
-    found = log_marginals(model, pixels, 0, 5000, accelerator)
+    found = estimate(model, pixels, 0, 5000, accelerator)
     assert found.dtype == torch.float64
     # The error of an image's estimate is that of a mean of 5,000 weights: some hundredths at most.
     assert (found - log_p).abs().max() < 0.1
@@ -83,12 +89,12 @@ def test_it_agrees_with_the_closed_form_of_a_linear_gaussian_model(
 
 def test_more_samples_do_not_lower_it_and_one_is_the_elbo(linear: tuple[VAE, Tensor, Tensor], accelerator: Accelerator) -> None:
     model, pixels, log_p = linear
-    means = [log_marginals(model, pixels, 0, k, accelerator).mean().item() for k in (1, 5, 50, 51, 500, 5000)]
+    means = [estimate(model, pixels, 0, k, accelerator).mean().item() for k in (1, 5, 50, 51, 500, 5000)]
     assert means == sorted(means)
     assert means[-1] <= log_p.mean().item() + 0.005
     elbo = evaluate(model, pixels, 0, accelerator)
     assert means[0] == pytest.approx(-elbo.sums.figures()["loss"], abs=5 * math.sqrt(2) * elbo.stderr)
-    one = torch.cat([log_marginals(model, pixels, seed, 1, accelerator) for seed in range(30)])
+    one = torch.cat([estimate(model, pixels, seed, 1, accelerator) for seed in range(30)])
     others = [-evaluate(model, pixels, seed, accelerator).sums.figures()["loss"] for seed in range(30)]
     assert one.mean().item() == pytest.approx(sum(others) / 30, abs=4 * one.std().item() / math.sqrt(len(one)))
 
@@ -96,7 +102,7 @@ def test_more_samples_do_not_lower_it_and_one_is_the_elbo(linear: tuple[VAE, Ten
 def test_it_is_the_mean_weight_of_the_same_draws_in_float64(accelerator: Accelerator) -> None:
     model = build_model(ModelConfig(hidden=(30,), latent_dim=3), (1, 28, 28), 0)
     pixels, _ = glyphs.draw(0, 40)
-    found = log_marginals(model, pixels, 7, 60, accelerator)
+    found = estimate(model, pixels, 7, 60, accelerator)
     blocks = [normal(derive_key(7, Stream.IMPORTANCE, block), torch.arange(40), 150).view(40, 50, 3) for block in (0, 1)]
     noise, images = torch.cat(blocks, dim=1)[:, :60].double(), as_images(pixels).double()
     double = model.double()
@@ -109,24 +115,24 @@ def test_it_is_the_mean_weight_of_the_same_draws_in_float64(accelerator: Acceler
 
 
 def test_standard_errors_are_those_of_a_mean_over_images(finished: Path, command: Command) -> None:
-    assert command("evaluate", finished, "--iw_samples", 7, "--images", 50).status == 0
+    assert command("evaluate", finished, "--iw_samples", 7).status == 0
     found = json.loads((finished / "evaluation.json").read_text())
     config, model = RunFolder(finished).config(), vae_dist.load(finished)
-    pixels = sources.load(config.data, train=False).pixels[:50]
-    log_p = log_marginals(model, pixels, config.seed, 7, Accelerator(cpu=True))
-    assert found["nll_stderr"] == pytest.approx(log_p.std(correction=0).item() / math.sqrt(50), rel=1e-9)
+    pixels = sources.load(config.data, train=False).pixels
+    log_p = estimate(model, pixels, config.seed, 7, Accelerator(cpu=True))
+    assert found["nll_stderr"] == pytest.approx(log_p.std(correction=0).item() / math.sqrt(300), rel=1e-9)
     images = as_images(pixels).double()
-    draw = normal(derive_key(config.seed, Stream.EVALUATION), torch.arange(50), 20).double()
+    draw = normal(derive_key(config.seed, Stream.EVALUATION), torch.arange(300), 20).double()
     with torch.no_grad():
         losses = negative_elbo(model.double()(images, draw), images, model.likelihood).loss
-    assert found["stderr"] == pytest.approx(losses.std(correction=0).item() / math.sqrt(50), rel=5e-5)
+    assert found["stderr"] == pytest.approx(losses.std(correction=0).item() / math.sqrt(300), rel=5e-5)
 
 
 def test_memory_does_not_grow_with_the_samples(accelerator: Accelerator) -> None:
     model = build_model(ModelConfig(hidden=(4,), latent_dim=2), (1, 28, 28), 0)
     rows: list[int] = []
     model.decoder.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
-    log_marginals(model, glyphs.draw(0, 60)[0], 0, 1000, accelerator)
+    estimate(model, glyphs.draw(0, 60)[0], 0, 1000, accelerator)
     assert max(rows) == min(rows) == importance._IMAGES * importance._SAMPLES
     assert len(rows) == 3 * 20
 
@@ -135,8 +141,11 @@ def test_an_end_in_the_middle_loses_nothing(accelerator: Accelerator, tmp_path: 
     monkeypatch.setattr(importance, "_SECONDS_BETWEEN_SAVES", 0.0)
     model = build_model(ModelConfig(hidden=(4,), latent_dim=2), (1, 28, 28), 0)
     pixels, _ = glyphs.draw(0, 130)
-    whole = log_marginals(model, pixels, 0, 20, accelerator)
+    whole = estimate(model, pixels, 0, 20, accelerator)
     file = tmp_path / "evaluation.safetensors"
+
+    def partial(samples: int, **changes: Any) -> PartialFile:
+        return PartialFile(file, Config(**changes), model, pixels, samples)
 
     def killed_at_75(images: int) -> None:
         told.append(images)
@@ -145,19 +154,19 @@ def test_an_end_in_the_middle_loses_nothing(accelerator: Accelerator, tmp_path: 
 
     told: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        log_marginals(model, pixels, 0, 20, accelerator, PartialFile(file, model, pixels, 0, 20), killed_at_75)
-    assert len(PartialFile(file, model, pixels, 0, 20).read()) == 75
+        log_marginals(model, pixels, 0, 20, accelerator, partial(20), killed_at_75)
+    assert len(partial(20).read()) == 75
     again: list[int] = []
-    found = log_marginals(model, pixels, 0, 20, accelerator, PartialFile(file, model, pixels, 0, 20), again.append)
+    found = log_marginals(model, pixels, 0, 20, accelerator, partial(20), again.append)
     assert again == [75, 25, 25, 5]
     assert torch.equal(found, whole)
-    for other in (PartialFile(file, model, pixels, 1, 20), PartialFile(file, model, pixels, 0, 21)):
-        assert len(other.read()) == 0, "of another seed, or other samples"
+    for other in (partial(20, seed=1), partial(21), partial(20, model=ModelConfig(activation="tanh"))):
+        assert len(other.read()) == 0, "of another seed, other samples, another model"
     with torch.no_grad():
         next(model.parameters()).add_(1)
-    assert len(PartialFile(file, model, pixels, 0, 20).read()) == 0, "of another model"
+    assert len(partial(20).read()) == 0, "of another model"
     file.write_bytes(b"torn")
-    assert len(PartialFile(file, model, pixels, 0, 20).read()) == 0
+    assert len(partial(20).read()) == 0
 
 
 def test_mutual_information_agrees_with_a_direct_computation(accelerator: Accelerator) -> None:
@@ -198,8 +207,13 @@ def test_the_entry_point_tells_and_keeps_all(finished: Path, command: Command) -
     assert "not a log-likelihood" in outcome.out
     assert "ALARM" not in outcome.out
     assert not (finished / "evaluation.safetensors").exists()
+    (finished / "evaluation.safetensors").write_bytes(b"of an evaluation that was cut off")
+    before = everything(finished)
     few = command("evaluate", finished, "--images", 20)
     assert "n=20" in few.out
+    assert everything(finished) == before
+    assert command("evaluate", finished).status == 0
+    assert (finished / "evaluation.safetensors").exists()
     for wrong in (["--iw_samples", -1], ["--images", 0]):
         outcome = command("evaluate", finished, *wrong)
         assert outcome.status == 2

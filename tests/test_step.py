@@ -1,5 +1,6 @@
 """One optimizer step: no host has a say in it, every step is the same operators, and a recording of it computes the same."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_a_recorded_step_computes_the_same(setting: str, tmp_path: Path, monkeyp
         tapes.append(tape)
         return result, tape.play
 
-    replay = Replay(recorded.step._compute, print, record)
+    replay = Replay(recorded.step._compute, bool, record)
     recorded.step._replay = replay
     assert recorded.fit()
     assert len(tapes) == 1
@@ -123,37 +124,56 @@ def test_a_recorded_step_computes_the_same(setting: str, tmp_path: Path, monkeyp
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-def test_a_step_that_cannot_be_recorded_goes_on_as_it_is() -> None:
-    def refuse(action: Callable[[], Tensor]) -> Recording:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+@pytest.mark.parametrize("where", ["here", "on another rank"])
+def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def record(action: Callable[[], Tensor]) -> Recording:
+        if where == "here":
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return torch.zeros(()), lambda: calls.append(-1.0)
+
+    def all_have(recorded: bool) -> bool:
+        told.append(recorded)
+        return False
 
     calls: list[float] = []
+    told: list[bool] = []
 
     def action(x: Tensor) -> Tensor:
         calls.append(float(x))
         return x * 2
 
-    told: list[str] = []
-    replay = Replay(action, told.append, refuse)
+    replay = Replay(action, all_have, record)
     results = [float(replay(torch.tensor(float(i)))) for i in range(WARM_UPS + 3)]
     assert results == [2.0 * i for i in range(WARM_UPS + 3)]
     assert calls == [float(i) for i in range(WARM_UPS + 3)], "each once"
-    assert [line.endswith("going on without: operation not permitted when stream is capturing") for line in told] == [True]
+    assert told == [where != "here"]
+    assert ("operation not permitted when stream is capturing" in capsys.readouterr().out) == (where == "here")
+
+
+def test_a_closed_step_keeps_no_recording(tmp_path: Path) -> None:
+    """NCCL waits until every graph with one of its sums in it is gone."""
+    trainer = trainer_of(SETTINGS["adam"].config, tmp_path)
+    results = [torch.zeros(3, dtype=torch.float64)]
+    held = weakref.ref(results[0])
+    trainer.step._replay = Replay(trainer.step._compute, bool, lambda _: (results.pop(), lambda: None))
+    assert trainer.fit()
+    assert held() is not None
+    trainer.step.close()
+    assert held() is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_computes_the_same() -> None:
     weight = torch.randn(20, 20, device="cuda")
-    told: list[str] = []
 
     def action(x: Tensor) -> Tensor:
         weight.mul_(0.99)
         return (x @ weight).sum()
 
-    replay, start = Replay(action, told.append, record_cuda_graph), weight.clone()
+    replay, start = Replay(action, bool, record_cuda_graph), weight.clone()
     inputs = torch.randn(30, 5, 20, device="cuda")
     found = torch.stack([replay(x).clone() for x in inputs])
-    assert told == []
+    assert replay._recording is not None
     expected = torch.stack([(x @ (start * 0.99 ** (i + 1))).sum() for i, x in enumerate(inputs)])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 

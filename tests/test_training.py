@@ -157,6 +157,14 @@ def test_a_run_cut_off_after_a_checkpoint_ends_with_the_same_bytes(
         assert (again / "images" / name).read_bytes() == (whole / "images" / name).read_bytes()
 
 
+def test_gathering_images_is_a_small_part_of_a_step_with_accumulation_too(
+    quick: list[object], command: Command, tmp_path: Path
+) -> None:
+    assert command("train", *quick, "--output", tmp_path / "run", "--trainer.micro_batch_size", 16).status == 0
+    epochs = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "train_seconds" in row]
+    assert [row["data_share"] < 0.5 for row in epochs] == [True, True]
+
+
 def test_saving_often_changes_nothing(quick: list[object], command: Command, tmp_path: Path) -> None:
     assert command("train", *quick, "--output", tmp_path / "a").status == 0
     assert command("train", *quick, "--output", tmp_path / "b", "--checkpoint.every_steps", 3).status == 0

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, begin, environment
 
 RECIPE = """
 data:
@@ -50,7 +51,8 @@ def test_a_result_inside_its_band_is_status_0_and_one_outside_is_1(small_root: P
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--trainer.epochs", 1], "--trainer.epochs 1: the band is of 2 epochs"),
+        (["--trainer.epochs", 1], "trainer.epochs: 2 there, 1 here"),
+        (["--expect.high", 99999], "as it stands (expect)"),
         (["--optimizer.lr", 1], "optimizer.lr: 0.001 there, 1.0 here"),
     ],
 )
@@ -70,6 +72,28 @@ def test_a_recipe_without_a_band_and_no_recipe_are_refused(small_root: Path, tmp
     none = verify()
     assert (none.returncode, "name the recipe first" in none.stderr) == (2, True)
     assert verify("--help").stdout.startswith("usage: ")
+
+
+def test_a_run_of_other_epochs_is_no_test_of_a_recipe(finished: Path, quick: list[object], tmp_path: Path) -> None:
+    file = recipe(tmp_path, Path(str(quick[1])))
+    file.write_text(file.read_text().replace("epochs: 2", "epochs: 1"))
+    done = verify(file, "--output", finished)
+    assert done.returncode == 2
+    assert "a run of 2 epochs; the recipe's are 1" in done.stderr
+
+
+def test_a_word_to_stop_reaches_the_training(small_root: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, small_root)
+    file.write_text(file.read_text().replace("epochs: 2", "epochs: 500"))
+    run = tmp_path / "run"
+    job = begin("vae_dist.verify", file, "--output", run, "--tracking.wandb", "disabled")
+    with job:
+        while job.poll() is None and not (run / "status.json").is_file():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        job.terminate()
+        assert job.wait(60) == 75
+    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
 
 
 def test_status_of_what_fails_is_passed_on(small_root: Path, tmp_path: Path) -> None:

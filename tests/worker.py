@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tests.settings import SETTINGS
-from vae_dist import step
+from vae_dist import shared_memory, step
 from vae_dist.config import Config
 from vae_dist.data import glyphs
-from vae_dist.distributed import start
+from vae_dist.distributed import run_entry_point, start
 from vae_dist.model import build_model
 from vae_dist.run import RunFolder
-from vae_dist.shared_memory import SharedMemory
+from vae_dist.shared_memory import share_memory
 from vae_dist.tracking import Row, Tracker
 from vae_dist.trainer import Trainer
 
@@ -44,9 +44,12 @@ def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Pa
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).tolist())
 
     trainer.step.optimizer.register_step_pre_hook(keep)
+    is_last = accelerator.process_index == accelerator.num_processes - 1
+    agreed = [trainer.step._all_have(not is_last), trainer.step._all_have(True)]
     assert trainer.fit()
     train = [row for row in recorder.rows if row["split"] == "train"]
     return {
+        "recorded": agreed,
         "gradient": gradients[0],
         "losses": [row["loss"] for row in train],
         "objectives": [row["objective"] for row in train],
@@ -58,7 +61,8 @@ def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Pa
 
 def sums_in_shared_memory(accelerator: Accelerator) -> list[float]:
     """The largest errors of sums over ranks of vectors short and long: the longest is taken in three parts."""
-    memory, ranks = SharedMemory(accelerator, timeout=30), accelerator.num_processes
+    memory, ranks = share_memory(accelerator, timeout=30), accelerator.num_processes
+    assert memory is not None
     errors = []
     for numel in (1, ranks - 1 or 1, 1000, 2_500_001):
         steps = torch.arange(numel) % 1000
@@ -68,19 +72,32 @@ def sums_in_shared_memory(accelerator: Accelerator) -> list[float]:
     return errors
 
 
-def main(out: Path) -> None:
+def memory_that_one_rank_cannot_have(accelerator: Accelerator) -> bool:
+    """Whether all ranks then do without: a rank that waited for the others would never come back."""
+    mapped = shared_memory._mapped
+    if accelerator.process_index == accelerator.num_processes - 1:
+        shared_memory.__dict__["_mapped"] = lambda *_: Path("/nowhere").read_bytes()
+    memory = share_memory(accelerator, timeout=30)
+    shared_memory.__dict__["_mapped"] = mapped
+    return memory is None
+
+
+def main(out: Path) -> int:
     accelerator = start()
     torch.set_num_threads(1)
     images, _ = glyphs.draw(0, 200)
-    seen: dict[str, object] = {"shared memory": sums_in_shared_memory(accelerator)}
+    seen: dict[str, object] = {
+        "shared memory": sums_in_shared_memory(accelerator),
+        "memory that one rank cannot have": memory_that_one_rank_cannot_have(accelerator),
+    }
     for name, setting in SETTINGS.items():
         config = replace(setting.config, output=str(out / name))
         step.__dict__["may_be_recorded"] = lambda *_, answer=setting.as_recorded: answer
         seen[name] = observe(config, images[: setting.images], accelerator, out / name)
     if accelerator.is_main_process:
         (out / f"{accelerator.num_processes}.json").write_text(json.dumps(seen))
-    accelerator.end_training()
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_entry_point(lambda: main(Path(sys.argv[1])))

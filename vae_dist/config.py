@@ -201,7 +201,7 @@ class TrackingConfig:
     project: str = "vae_dist"
     """W&B project."""
     baseline: str | None = None
-    """Folder of a finished run of the same job on one process: several processes end by telling how much faster they were."""
+    """Folder of a run of the same job on one process: a run on several ends by telling how much faster it was."""
     log_every: int = 50
     """Optimizer steps between two points of the training curves."""
 

@@ -31,7 +31,6 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from vae_dist import __version__
 from vae_dist.config import InputError, TrainerConfig
 from vae_dist.options import is_spokesman
-from vae_dist.shared_memory import LostPeer
 
 T = TypeVar("T")
 
@@ -43,6 +42,10 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
 
 class TrainingFailed(RuntimeError):
     """The loss is no number any more, or the ranks have drifted apart. All ranks raise it at the same step."""
+
+
+class LostPeer(RuntimeError):
+    """Another process of this run is gone, or silent for too long."""
 
 
 _MEETING = "after-restart"  # a scheme of addresses, for torch
@@ -64,7 +67,6 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     _follow_launcher()
     if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    set_float32_products("ieee")
     torch.set_flush_denormal(True)  # Adam's moments for pixels that are rarely lit decay into them: a fifth of an epoch
     # Without GPUs Accelerate must be told, or torchrun's processes would each take themselves for the only one.
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
@@ -88,6 +90,7 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
             ),
         ],
     )
+    set_tf32(False)
     accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; `backward` would divide by it
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -106,18 +109,20 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     return accelerator
 
 
-def set_float32_products(precision: str) -> None:
-    """`ieee`, or `tf32`: a GPU may then round the factors to ten bits, which its tensor cores take eight times as fast."""
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # made at import
+def set_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the factors of float32 products to ten bits, which its tensor cores take eight times as fast."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
-def tensor_cores() -> Iterator[None]:
+def tf32() -> Iterator[None]:
     """Around training steps that may use TF32. Everything else is exact, also what torch would have in TF32 by itself."""
-    set_float32_products("tf32")
-    yield
-    set_float32_products("ieee")
+    set_tf32(True)
+    try:
+        yield
+    finally:
+        set_tf32(False)
 
 
 def _meet(_: str, timeout: timedelta, **options: object) -> Iterator[tuple[Store, int, int]]:
@@ -262,6 +267,13 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
             with contextlib.suppress(RuntimeError):  # whoever is gone by now has done its work
                 dist.barrier()  # nobody hangs up while others still speak
     finally:
-        if dist.is_initialized():
+        was_one_of_several = dist.is_initialized()
+        if was_one_of_several:
             dist.destroy_process_group()
+    if was_one_of_several:
+        # Everything is closed. Leave before C++ tears down torch's threads, which now and then aborts: one of 25 finished runs
+        # of three processes was called failed by its launcher.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)

@@ -84,14 +84,14 @@ def _cut(totals: list[float]) -> tuple[list[float], Tensor]:
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a run, or one checkpoint, on the test images; print the figures and write a run's to evaluation.json."""
+    """Evaluate a run, or one checkpoint, on the test images: print the figures, and write those of a run to evaluation.json."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run, or of one of its checkpoints."""
     iw_samples: int = 0
     """Latents of each image for log p(x) by importance sampling, such as 5000; 0 leaves it out."""
     images: int | None = None
-    """Only the first so many test images."""
+    """Only the first so many test images; their figures are printed, not written."""
     root: Annotated[str | None, tyro.conf.arg(name="data.root")] = None
     """Where the data set lies, if elsewhere than in training."""
 
@@ -131,13 +131,17 @@ def main(args: list[str] | None = None) -> int:
     pixels = load_pixels(data, accelerator, train=False, shape=model.image_shape)[: options.images]
     record = figures(options, config, model.to(accelerator.device), pixels, accelerator)
     accelerator.print(table(record, config, model.image_shape))
-    if not is_checkpoint(options.run):  # those are sealed
+    if is_kept(options):
         run = RunFolder(options.run)
         content = json.dumps(record, indent=2, allow_nan=False) + "\n"
         on_first_rank(accelerator, lambda: write_atomically(run.evaluation, content))
         on_first_rank(accelerator, lambda: summarise(accelerator, run, config, record))
-        on_first_rank(accelerator, lambda: run.evaluation_so_far.unlink(missing_ok=True))
     return 0
+
+
+def is_kept(options: Options) -> bool:
+    """Whether the figures go to the run's evaluation.json: checkpoints are sealed, and some images are not the test set."""
+    return options.images is None and not is_checkpoint(options.run)
 
 
 def figures(options: Options, config: Config, model: VAE, pixels: Tensor, accelerator: Accelerator) -> dict[str, Any]:
@@ -162,11 +166,12 @@ def importance_figures(
 ) -> dict[str, float | None]:
     """-log p(x) by importance sampling, in nats per image. All ranks call it."""
     n, samples = len(pixels), options.iw_samples
-    path = None if is_checkpoint(options.run) else RunFolder(options.run).evaluation_so_far
-    partial = PartialFile(path, model, pixels, config.seed, samples) if path else None
+    path = RunFolder(options.run).evaluation_so_far if is_kept(options) else None
+    partial = PartialFile(path, config, model, pixels, samples)
     quiet = None if accelerator.is_main_process else True
     with tqdm(total=n, desc=f"log p(x), {samples} samples", unit="image", smoothing=0, disable=quiet) as bar:
         log_p = log_marginals(model, pixels, config.seed, samples, accelerator, partial, bar.update)
+    on_first_rank(accelerator, partial.remove)
     nll, spread = -log_p.mean().item(), log_p.std(correction=0).item()
     bits = bits_per_dimension(config, nll, model.image_shape)
     return {"nll": nll, "nll_stderr": spread / math.sqrt(n), "iw_samples": samples, "nll_bits_per_dim": bits}

@@ -12,35 +12,44 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vae_dist.config import InputError
-from vae_dist.distributed import is_one_machine, together
+from vae_dist.distributed import is_one_machine
 from vae_dist.pace import Laps
-from vae_dist.shared_memory import SharedMemory
+from vae_dist.shared_memory import SharedMemory, share_memory
 
 
-class SummedGradients:
-    """The gradient of a batch in the default mode: rounds add up in .grad, and DDP sums the ranks' in the last one."""
+class Gradients:
+    """What adds up the gradients of a step's rounds and ranks. All ranks do all of it together."""
 
-    is_watched = False
+    def __init__(self, accelerator: Accelerator, module: nn.Module, laps: Laps) -> None:
+        """`module` is what training must call: the model, through all that Accelerate puts around it."""
+        self.module = module
+        self.is_watched = False  # whether the next step notes `own_square`
+        # |gradient of this rank's part|^2; zero where that is not known.
+        self.own_square = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self._accelerator, self._laps = accelerator, laps
+
+    def round(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward of one chunk of this rank's part. After the last, .grad is the global batch's."""
+        raise NotImplementedError
+
+
+class SummedGradients(Gradients):
+    """In the default mode: rounds add up in .grad, and DDP sums the ranks' in the last one."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, laps: Laps, timeout: float) -> None:
-        """The model goes through DDP and autocast. `timeout` is the longest silence of a peer on this machine, in seconds."""
-        self._accelerator, self._laps = accelerator, laps
-        self.module: nn.Module = accelerator.prepare_model(model)  # what training must call
-        # |gradient of this rank's part|^2, noted in steps that are watched; not where the gradient is not DDP's.
-        self.own_square = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        """`timeout` is the longest silence of a peer on this machine, in seconds."""
+        super().__init__(accelerator, accelerator.prepare_model(model), laps)
         self._memory: SharedMemory | None = None
         if isinstance(self.module, DistributedDataParallel):
             self.module.register_comm_hook(self, SummedGradients._sum_bucket)
             if accelerator.device.type == "cpu" and is_one_machine():
-                self._memory = together(accelerator, lambda: SharedMemory(accelerator, timeout))
+                self._memory = share_memory(accelerator, timeout)
         elif accelerator.num_processes > 1:
-            raise InputError(
-                f"Accelerate is configured for {type(self.module).__name__}, but gradients are summed over DDP only"
-            )
+            kind = type(self.module).__name__
+            raise InputError(f"Accelerate is configured for {kind}, but gradients are summed over DDP only")
 
     @contextlib.contextmanager
     def round(self, is_last: bool) -> Iterator[None]:
-        """Around the forward and backward of one chunk of this rank's part."""
         with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self.module):
             yield
         if is_last and self._accelerator.num_processes > 1:
@@ -54,7 +63,8 @@ class SummedGradients:
         self._laps.mark("compute")
         gradient: Tensor = bucket.buffer()
         if self.is_watched:
-            self.own_square.mul_(bucket.index() > 0).add_(gradient.square().sum())
+            square = gradient.square().sum(dtype=torch.float64)
+            self.own_square = square if bucket.index() == 0 else self.own_square + square
         if self._memory is None:
             work = dist.all_reduce(gradient, async_op=True)
             return work.get_future().then(lambda done: done.value()[0])
@@ -65,14 +75,12 @@ class SummedGradients:
         return done
 
 
-class FlatGradients(SummedGradients):
+class FlatGradients(Gradients):
     """For a step recorded as a CUDA graph: one sum over ranks after the last backward, of kernels alone, without DDP."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, laps: Laps) -> None:
-        self._accelerator, self._laps = accelerator, laps
+        super().__init__(accelerator, _without_ddp(accelerator, model), laps)
         self._parameters = list(model.parameters())
-        self.module = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, but no DDP
-        self.own_square = torch.zeros((), dtype=torch.float64, device=accelerator.device)
 
     @contextlib.contextmanager
     def round(self, is_last: bool) -> Iterator[None]:
@@ -80,25 +88,30 @@ class FlatGradients(SummedGradients):
         if is_last and self._accelerator.num_processes > 1:
             self._laps.mark("compute")
             gradient = torch.cat([cast(Tensor, p.grad).flatten() for p in self._parameters])
-            self.own_square.copy_(gradient.square().sum())
+            self.own_square.copy_(gradient.square().sum(dtype=torch.float64))
             dist.all_reduce(gradient)
-            for p, part in zip(self._parameters, torch.split(gradient, [p.numel() for p in self._parameters]), strict=True):
+            parts = torch.split(gradient, [p.numel() for p in self._parameters])
+            for p, part in zip(self._parameters, parts, strict=True):
                 p.grad = part.view_as(p)
             self._laps.mark("communication")
 
 
-class OrderedGradients(SummedGradients):
-    """The gradient of a batch in deterministic mode: the shards' gradients, added in one order at any number of processes.
+def _without_ddp(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model through autocast, where the precision wants it, and nothing else."""
+    module: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+    return module
+
+
+class OrderedGradients(Gradients):
+    """In deterministic mode: the shards' gradients, added in one order at any number of processes.
 
     The order is a binary tree over the shards. A rank adds up the whole subtrees that lie in its part, all ranks gather those
     of all, and each adds the rest of the tree for itself.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, laps: Laps, timeout: float, shards: int, rounds: int
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module, laps: Laps, shards: int, rounds: int) -> None:
         """A batch has `shards`; each rank takes `rounds` of them in a step, the last ranks fewer."""
-        super().__init__(accelerator, model, laps, timeout)
+        super().__init__(accelerator, _without_ddp(accelerator, model), laps)
         self._parameters = list(model.parameters())
         ends = [min(rank * rounds, shards) for rank in range(accelerator.num_processes + 1)]
         self._shards = [range(first, last) for first, last in pairwise(ends)]  # of each rank
@@ -107,8 +120,7 @@ class OrderedGradients(SummedGradients):
 
     @contextlib.contextmanager
     def round(self, is_last: bool) -> Iterator[None]:
-        with self._accelerator.no_sync(self.module):
-            yield
+        yield
         mine = self._shards[self._accelerator.process_index]
         if self._round < len(mine):
             self._tree.add(_Node(0, mine[self._round], [cast(Tensor, p.grad) for p in self._parameters]))

@@ -1,5 +1,6 @@
 """log p(x) by importance sampling from the posterior (Burda et al. 2016): streamed, shared over ranks, and resumable."""
 
+import functools
 import hashlib
 import math
 import time
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vae_dist.checkpoint import write_atomically
+from vae_dist.config import Config
 from vae_dist.data import gather
 from vae_dist.data.order import FILLER
 from vae_dist.distributed import from_first_rank, on_first_rank
@@ -23,6 +25,7 @@ from vae_dist.objective import log_likelihood_of_samples, log_prior_ratio
 # Of every forward pass, whatever the numbers of ranks and samples: an image's figure depends on neither.
 _IMAGES, _SAMPLES = 25, 50
 _SECONDS_BETWEEN_SAVES = 10.0
+_FORMAT = 1  # of the file of an evaluation that is not done, and of the draws behind it
 
 
 @torch.no_grad()
@@ -32,15 +35,15 @@ def log_marginals(
     seed: int,
     samples: int,
     accelerator: Accelerator,
-    partial: "PartialFile | None" = None,
+    partial: "PartialFile",
     progress: Callable[[int], object] = lambda images: None,
 ) -> Tensor:
     """Estimates log p(x) of all images, uint8 (n, *image_shape) on the model's device: float64 (n,) in nats, on the host.
 
     Each is the importance-weighted bound with `samples` latents: never above log p(x) on average, and nearer with more. All
-    ranks call it. With a file it goes on from what that holds. `progress` hears of each number of images that are done.
+    ranks call it. It goes on from what the file holds. `progress` hears of each number of images that are done.
     """
-    done = from_first_rank(accelerator, partial.read) if partial else torch.zeros(0, dtype=torch.float64)
+    done = from_first_rank(accelerator, partial.read)
     progress(len(done))
     ranks, rank = accelerator.num_processes, accelerator.process_index
     for first in range(len(done), len(pixels), ranks * _IMAGES):
@@ -50,8 +53,7 @@ def log_marginals(
         new = of_ranks[: len(pixels) - first].cpu()
         done = torch.cat([done, new])
         progress(len(new))
-        if partial:
-            on_first_rank(accelerator, lambda: partial.save_at_times(done))  # noqa: B023  # called at once
+        on_first_rank(accelerator, lambda: partial.save_at_times(done))  # noqa: B023  # called at once
     return done
 
 
@@ -81,21 +83,28 @@ def _log_weights(model: VAE, images: Tensor, posterior: Posterior, noise: Tensor
 
 
 class PartialFile:
-    """What is done of an evaluation, kept in a file so that an end in the middle loses seconds. Rank zero only."""
+    """What is done of an evaluation, kept in a file so that an end in the middle loses seconds. Rank zero's methods."""
 
-    def __init__(self, path: Path, model: VAE, pixels: Tensor, seed: int, samples: int) -> None:
-        self._path = path
-        digest = hashlib.sha256(f"{seed} {samples} {tuple(pixels.shape)}".encode())
-        digest.update(pixels.cpu().numpy().data)
-        for tensor in model.state_dict().values():
-            digest.update(tensor.cpu().numpy().data)
-        self._job = digest.hexdigest()  # of what the figures depend on
-        self._images = len(pixels)
+    def __init__(self, path: Path | None, config: Config, model: VAE, pixels: Tensor, samples: int) -> None:
+        """Without a path nothing is kept."""
+        self._path, self._config, self._model, self._pixels, self._samples = path, config, model, pixels, samples
         self._saved = time.monotonic()
+
+    @functools.cached_property
+    def _job(self) -> str:
+        """A digest of all that the figures depend on."""
+        config = self._config
+        facts = (_FORMAT, _IMAGES, _SAMPLES, self._samples, config.seed, config.model, config.data.binarize)
+        digest = hashlib.sha256(repr((*facts, self._pixels.shape)).encode())
+        for tensor in (self._pixels, *self._model.state_dict().values()):
+            digest.update(tensor.cpu().numpy().data)
+        return digest.hexdigest()
 
     def read(self) -> Tensor:
         """The log p(x) of the first images, float64; none where there is no file, or one of another job."""
         nothing = torch.zeros(0, dtype=torch.float64)
+        if self._path is None:
+            return nothing
         try:
             with safe_open(self._path, "pt") as file:
                 if (file.metadata() or {}).get("job") != self._job:
@@ -103,10 +112,14 @@ class PartialFile:
                 found: Tensor = file.get_tensor("log_p")
         except (OSError, SafetensorError):
             return nothing
-        is_right = found.dtype == torch.float64 and found.ndim == 1 and len(found) <= self._images
+        is_right = found.dtype == torch.float64 and found.ndim == 1 and len(found) <= len(self._pixels)
         return found if is_right and bool(found.isfinite().all()) else nothing
 
+    def remove(self) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
     def save_at_times(self, log_p: Tensor) -> None:
-        if time.monotonic() >= self._saved + _SECONDS_BETWEEN_SAVES:
+        if self._path is not None and time.monotonic() >= self._saved + _SECONDS_BETWEEN_SAVES:
             write_atomically(self._path, safetensors.torch.save({"log_p": log_p}, {"job": self._job}))
             self._saved = time.monotonic()

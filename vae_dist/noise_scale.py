@@ -14,7 +14,7 @@ class NoiseScale:
     """
 
     def __init__(self) -> None:
-        self._signal = self._noise = self._weight = 0.0
+        self._signal = self._noise = 0.0
 
     def add(self, images: float, squared_images: float, ranks_squares: float, total_square: float) -> None:
         """Of one step: the images n_r of the ranks as sum(n_r) and sum(n_r^2), |gradient|^2 summed over ranks, and of the sum.
@@ -29,9 +29,8 @@ class NoiseScale:
         keep = 1 - 1 / _SAMPLES
         self._signal = keep * self._signal + signal
         self._noise = keep * self._noise + noise
-        self._weight = keep * self._weight + 1
 
     def images(self) -> float | None:
         """The noise scale S / |G|^2, in images; None where the gradient cannot be told from its noise yet."""
-        is_known = self._weight > 0 and self._signal > 0 and self._noise > 0
+        is_known = self._signal > 0 and self._noise > 0
         return round(self._noise / self._signal, 1) if is_known else None

@@ -50,6 +50,7 @@ class Pace:
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
+        self._laps.mark("between epochs")
         self._laps.read()
         self._epoch, self._window = _Span(), _Span()
 

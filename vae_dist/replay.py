@@ -30,39 +30,43 @@ class Replay:
     def __init__(
         self,
         action: Action,
-        say: Callable[[str], None],
+        all_have: Callable[[bool], bool],
         record: Callable[[Callable[[], Tensor]], Recording] = record_cuda_graph,
     ) -> None:
-        """Where the function cannot be recorded it says so, and goes on as it is."""
-        self._action, self._say, self._record = action, say, record
+        """`all_have` is told whether this rank has a recording, and says whether all have. If not, none uses it."""
+        self._action, self._all_have, self._record = action, all_have, record
         self._calls = 0
         self._inputs: list[Tensor] = []
         self._recording: Recording | None = None
-        self._has_failed = False
         self._side: torch.cuda.Stream | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The result lies in the same memory each time: use it before the next call."""
         self._calls += 1
-        if self._has_failed:
-            return self._action(*inputs)
         if self._calls <= WARM_UPS:
             return self._on_side_stream(*inputs)
+        if self._calls == WARM_UPS + 1:
+            self._recording = self._recorded(*inputs)
         if self._recording is None:
-            self._inputs = [tensor.clone() for tensor in inputs]
-            try:
-                self._recording = self._record(lambda: self._action(*self._inputs))
-            except RuntimeError as error:
-                self._has_failed = True
-                self._say(
-                    f"the step cannot be recorded as a CUDA graph; going on without: {' '.join(str(error).split())[:200]}"
-                )
-                return self._action(*inputs)
+            return self._action(*inputs)
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given)
         result, replay = self._recording
         replay()
         return result
+
+    def close(self) -> None:
+        """Forgets the recording."""
+        self._recording = None
+
+    def _recorded(self, *inputs: Tensor) -> Recording | None:
+        self._inputs = [tensor.clone() for tensor in inputs]
+        recording = None
+        try:
+            recording = self._record(lambda: self._action(*self._inputs))
+        except RuntimeError as error:
+            print(f"a step could not be recorded: {' '.join(str(error).split())[:200]}", flush=True)
+        return recording if self._all_have(recording is not None) else None
 
     def _on_side_stream(self, *inputs: Tensor) -> Tensor:
         """As torch wants it before a recording: autograd remembers the stream on which a gradient was first added up."""

@@ -2,23 +2,20 @@
 
 import mmap
 import os
+import secrets
 import socket
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
+
+from vae_dist.config import InputError
+from vae_dist.distributed import LostPeer, together
 
 _SIGNAL = b"."
 _PART = 1 << 20  # numbers at a time: what all ranks have of them stays in the processor's cache
-
-
-class LostPeer(RuntimeError):
-    """Another process of this machine is gone, or silent for too long."""
+_SECONDS_TO_CONNECT = 60.0
 
 
 class SharedMemory:
@@ -27,17 +24,11 @@ class SharedMemory:
     Ranks wait for each other at sockets: the kernel orders what they wrote before, wakes who sleeps, and tells of the dead.
     """
 
-    def __init__(self, accelerator: Accelerator, timeout: float) -> None:
-        """All ranks call it, and all are on this machine. `timeout` is the longest silence of a peer, in seconds.
-
-        Raises OSError where there is no room.
-        """
-        self._rank, self._ranks = accelerator.process_index, accelerator.num_processes
-        with _meeting_place(accelerator) as folder:
-            self._peers = _connected(folder, self._rank, self._ranks)
-            for peer in self._peers:
-                peer.settimeout(timeout)
-            memory = self._mapped((self._ranks + 1) * _PART * torch.float32.itemsize)
+    def __init__(self, rank: int, peers: list[socket.socket], memory: mmap.mmap, timeout: float) -> None:
+        """`peers` are connections to all other ranks, `timeout` the longest silence of one, in seconds."""
+        self._rank, self._ranks, self._peers = rank, len(peers) + 1, peers
+        for peer in peers:
+            peer.settimeout(timeout)
         parts = torch.frombuffer(memory, dtype=torch.float32).view(self._ranks + 1, _PART)
         self._parts, self._total = parts[:-1], parts[-1]
 
@@ -69,37 +60,50 @@ class SharedMemory:
         except OSError as error:
             raise LostPeer(f"shared memory: {error}") from None
 
-    def _mapped(self, size: int) -> mmap.mmap:
-        """The memory, made by rank zero and known to no other program; it goes with the last process."""
-        if self._rank == 0:
-            descriptor = os.memfd_create("vae_dist")
-            os.posix_fallocate(descriptor, 0, size)  # too little room shows here, not as a SIGBUS later
-            for peer in self._peers:
-                socket.send_fds(peer, [_SIGNAL], [descriptor])
-        else:
-            descriptors = socket.recv_fds(self._peers[0], 1, 1)[1]
-            if not descriptors:
-                raise OSError("rank zero could not share memory")
-            descriptor = descriptors[0]
-        with os.fdopen(descriptor, "r+b") as file:
-            return mmap.mmap(file.fileno(), size)
+
+def share_memory(accelerator: Accelerator, timeout: float) -> SharedMemory | None:
+    """Memory that all ranks share, who are on one machine; None, and a word why, where they cannot. All ranks call it."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    # Of Linux's abstract namespace: no file is left behind, whatever happens.
+    [name] = broadcast_object_list([f"\0vae_dist {secrets.token_hex(16)} "])
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            together(accelerator, lambda: _listen(listener, f"{name}{rank}", ranks))
+            peers = together(accelerator, lambda: _connected(listener, name, rank, ranks))
+        memory = together(accelerator, lambda: _mapped(rank, peers, (ranks + 1) * _PART * torch.float32.itemsize))
+    except InputError as error:
+        accelerator.print(f"the processes cannot share memory ({error}); gradients are summed over gloo")
+        return None
+    return SharedMemory(rank, peers, memory, timeout)
 
 
-@contextmanager
-def _meeting_place(accelerator: Accelerator) -> Iterator[Path]:
-    """A private folder for sockets, which rank zero makes and removes."""
-    with tempfile.TemporaryDirectory(prefix="vae_dist_") as mine:
-        yield Path(broadcast_object_list([mine])[0])
-        gather_object([None])  # nobody is on the way any more
+def _listen(listener: socket.socket, address: str, ranks: int) -> None:
+    listener.settimeout(_SECONDS_TO_CONNECT)
+    listener.bind(address)
+    listener.listen(ranks)
 
 
-def _connected(folder: Path, rank: int, ranks: int) -> list[socket.socket]:
+def _connected(listener: socket.socket, name: str, rank: int, ranks: int) -> list[socket.socket]:
     """A socket to each other rank, the lower ones first, in their order."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(folder / str(rank)))
-        listener.listen(ranks)
-        gather_object([None])  # all listen
-        lower = [socket.socket(socket.AF_UNIX) for _ in range(rank)]
-        for other, peer in enumerate(lower):
-            peer.connect(str(folder / str(other)))
-        return lower + [listener.accept()[0] for _ in range(ranks - rank - 1)]
+    lower = [socket.socket(socket.AF_UNIX) for _ in range(rank)]
+    for other, peer in enumerate(lower):
+        peer.settimeout(_SECONDS_TO_CONNECT)
+        peer.connect(f"{name}{other}")
+    return lower + [listener.accept()[0] for _ in range(ranks - rank - 1)]
+
+
+def _mapped(rank: int, peers: list[socket.socket], size: int) -> mmap.mmap:
+    """The memory, made by rank zero and known to no other program; it goes with the last process."""
+    if rank == 0:
+        descriptor = os.memfd_create("vae_dist")
+        os.posix_fallocate(descriptor, 0, size)  # too little room shows here, not as a SIGBUS later
+        for peer in peers:
+            socket.send_fds(peer, [_SIGNAL], [descriptor])
+    else:
+        peers[0].settimeout(_SECONDS_TO_CONNECT)
+        descriptors = socket.recv_fds(peers[0], 1, 1)[1]
+        if not descriptors:
+            raise OSError("rank zero could not share memory")
+        descriptor = descriptors[0]
+    with os.fdopen(descriptor, "r+b") as file:
+        return mmap.mmap(file.fileno(), size)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from vae_dist.config import Config
 from vae_dist.data import gather
 from vae_dist.data.order import Partition
-from vae_dist.distributed import tensor_cores
-from vae_dist.gradients import FlatGradients, OrderedGradients, SummedGradients
+from vae_dist.distributed import sum_over_ranks, tf32
+from vae_dist.gradients import FlatGradients, Gradients, OrderedGradients, SummedGradients
 from vae_dist.likelihoods import Likelihood
 from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, signed
@@ -36,7 +36,7 @@ class Step:
         self._binary_key = torch.zeros((), dtype=torch.int64, device=accelerator.device) if is_dynamic else None
         self._sums_of = torch.compile(weighted_sums) if config.trainer.compile else weighted_sums
         self._norm: Tensor | None = None
-        self._replay = Replay(self._compute, accelerator.print) if is_recorded else None
+        self._replay = Replay(self._compute, self._all_have) if is_recorded else None
 
     def begin_epoch(self, epoch: int) -> None:
         if self._binary_key is not None:
@@ -50,10 +50,23 @@ class Step:
         set_learning_rate(self.optimizer, rate)
         self.objective.begin_step(number)
         self.laps.mark("data")
-        with tensor_cores() if self._config.trainer.precision == "tf32" else contextlib.nullcontext():
+        with tf32() if self._config.trainer.precision == "tf32" else contextlib.nullcontext():
             sums = (self._replay or self._compute)(indices, noise)
         self.laps.mark("compute")
         return sums
+
+    def close(self) -> None:
+        """Forgets the recording. NCCL waits for that, for ever, before it ends."""
+        if self._replay is not None:
+            self._replay.close()
+
+    def _all_have(self, recorded: bool) -> bool:
+        """Whether all ranks have recorded the step; none may replay alone."""
+        mine = torch.tensor([float(not recorded)], dtype=torch.float64, device=self._accelerator.device)
+        all_have = sum_over_ranks(self._accelerator, mine) == [0.0]
+        if not all_have:
+            self._accelerator.print("the step cannot be recorded as a CUDA graph; going on without")
+        return all_have
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the gradient of the step just done, before clipping."""
@@ -83,6 +96,7 @@ class Step:
         self.laps.mark("data")
         sums = self._sums_of(self.objective, self.gradients.module, self._model.likelihood, images, noise, indices >= 0)
         self._accelerator.backward(minimised(sums))
+        self.laps.mark("compute")
         return sums.detach()
 
     def _clip(self) -> None:
@@ -110,12 +124,11 @@ def may_be_recorded(config: Config, accelerator: Accelerator) -> bool:
 
 def build_gradients(
     config: Config, accelerator: Accelerator, model: VAE, partition: Partition, laps: Laps, is_recorded: bool
-) -> SummedGradients:
+) -> Gradients:
     """What adds up the gradients of rounds and ranks, as the mode wants it."""
-    timeout = 60 * config.trainer.timeout_minutes
     if is_recorded:
         return FlatGradients(accelerator, model, laps)
     if config.trainer.deterministic:
         shards = -(-partition.batch_size // partition.rows)
-        return OrderedGradients(accelerator, model, laps, timeout, shards, partition.rounds)
-    return SummedGradients(accelerator, model, laps, timeout)
+        return OrderedGradients(accelerator, model, laps, shards, partition.rounds)
+    return SummedGradients(accelerator, model, laps, timeout=60 * config.trainer.timeout_minutes)

@@ -88,7 +88,7 @@ def find_checkpoint(config: Config, run: RunFolder) -> Path | None:
 
 
 def baseline_speed(config: Config) -> float | None:
-    """Images per second of `--tracking.baseline`, if there is one: the median of its epochs. Rank zero only.
+    """Images per second of `--tracking.baseline`, if there is one: the median over its epochs. Rank zero only.
 
     Raises InputError where it is no run of one process, or of another job.
     """
@@ -120,6 +120,7 @@ def run_to_end(trainer: Trainer, accelerator: Accelerator, baseline: float | Non
                 trainer.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", in_words(error))
         raise
     finally:
+        trainer.step.close()
         where = trainer.tracker.close(status)
     if completed:
         accelerator.print(closing_words(trainer, where, baseline))
@@ -142,8 +143,9 @@ def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
         f"  evaluate     {python} -m vae_dist.evaluate {path}",
         f"  generate     {python} -m vae_dist.generate {path}",
     ]
-    if baseline is not None:
-        speed, processes = trainer.images_per_second, trainer.accelerator.num_processes
+    processes = trainer.accelerator.num_processes
+    if baseline is not None and trainer.epoch_speeds and processes > 1:
+        speed = statistics.median(trainer.epoch_speeds)
         times = speed / baseline
         against = f"{times:.2f} times the one process of {trainer.config.tracking.baseline}, efficiency {times / processes:.0%}"
         lines.append(f"  speed        {speed:,.0f} images/s on {processes} processes, {against}")

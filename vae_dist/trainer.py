@@ -66,7 +66,7 @@ class Trainer:
         self._reduced_step = 0  # where the ranks last added up their sums
         self.drift_guard = DriftGuard(accelerator)
         self._pace = Pace(self.step.laps)
-        self.images_per_second = 0.0  # of the last epoch
+        self.epoch_speeds: list[float] = []  # images per second of each epoch that this process trained
         self._noise_scale = NoiseScale()
 
     @property
@@ -129,7 +129,8 @@ class Trainer:
     def _train_step(self, indices: Tensor, noise: Tensor) -> None:
         """One optimizer step on images (rounds, rows). It waits for nothing: figures stay on the device."""
         done = self.progress.step
-        self.step.gradients.is_watched = self._is_row_due(done + 1) and self.accelerator.scaler is None
+        is_known = self.accelerator.num_processes > 1 and self.accelerator.scaler is None  # fp16 gradients are scaled
+        self.step.gradients.is_watched = is_known and self._is_row_due(done + 1)
         self._sums[done - self._reduced_step] = self.step(indices, noise, done, self._rate(done))
         self.progress.step += 1
 
@@ -203,7 +204,7 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         """The epoch's rows and pictures, and then the checkpoint that says that they are there."""
         speed = self._pace.end_epoch() | {"processes": self.accelerator.num_processes}
-        self.images_per_second = speed["images_per_second"]
+        self.epoch_speeds.append(speed["images_per_second"])
         train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | speed
         start = time.perf_counter()
         found = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator)
