@@ -6,7 +6,6 @@ import math
 import netrc
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -57,27 +56,22 @@ class RunTracker(Tracker):
         self._folder = run.path / "wandb"
         self._wandb: Any = None
         self._wandb_step = 0  # the last that W&B had when it started
-        # W&B takes a second to start and to end its sentences: it does so in a thread, in order, while training goes on.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")
-        self._thread.submit(self._start_wandb, run, config, mode)
+        self._start_wandb(run, config, mode)
         for _, of_step in groupby(rows, key=lambda row: row["step"]):
-            self._show_later(list(of_step))  # what a crash kept from W&B
+            self._show(list(of_step))  # what a crash kept from W&B
 
     def log(self, *rows: Row) -> None:
         with naming(Path(self._metrics.name)):
             self._metrics.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
             self._metrics.flush()
-        self._show_later(rows)
+        self._show(rows)
 
     def sync(self) -> None:
         with naming(Path(self._metrics.name)):
             os.fsync(self._metrics.fileno())
 
     def close(self, status: int) -> str:
-        try:
-            self._metrics.close()
-        finally:
-            self._thread.shutdown()
+        self._metrics.close()
         run = self._wandb
         with self._surviving_wandb():
             if run is not None:
@@ -101,13 +95,6 @@ class RunTracker(Tracker):
         # The optimizer step is W&B's step. Offline, a restart goes on in a file of its own, which knows of no other.
         self._wandb_step = last_step(self._folder) if self._wandb.offline else self._wandb.starting_step - 1
 
-    def _show_later(self, rows: Sequence[Row]) -> None:
-        def show() -> None:
-            with self._surviving_wandb():
-                self._show(rows)
-
-        self._thread.submit(show)
-
     def _show(self, rows: Sequence[Row]) -> None:
         """Gives W&B the rows of a step, unless it has that step from before a crash."""
         step = rows[0]["step"]
@@ -115,13 +102,14 @@ class RunTracker(Tracker):
         self._best = min([self._best, *(row["loss"] for row in tests)])
         if self._wandb is None or step <= self._wandb_step:
             return
-        values = {f"{_group(row)}/{key}": row[key] for row in rows for key in row if key not in ("split", "step")}
-        values |= {key: rows[0][key] for key in ("epoch", "images_seen")}
-        values |= self._pictures(tests)
-        # Committed at once: a step that W&B holds back for more of it would be lost in a crash.
-        self._accelerator.log(values, step=step, log_kwargs={"wandb": {"commit": True}})
-        if tests:
-            self._wandb.summary["best_test_loss"] = self._best
+        with self._surviving_wandb():
+            values = {f"{_group(row)}/{key}": row[key] for row in rows for key in row if key not in ("split", "step")}
+            values |= {key: rows[0][key] for key in ("epoch", "images_seen")}
+            values |= self._pictures(tests)
+            # Committed at once: a step that W&B holds back for more of it would be lost in a crash.
+            self._accelerator.log(values, step=step, log_kwargs={"wandb": {"commit": True}})
+            if tests:
+                self._wandb.summary["best_test_loss"] = self._best
 
     def _pictures(self, tests: Sequence[Row]) -> dict[str, Any]:
         import wandb
