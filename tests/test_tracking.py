@@ -1,6 +1,7 @@
 """What W&B is told, read back from the offline run's file; and that nothing about W&B can stop a run."""
 
 import json
+import shutil
 import subprocess
 import threading
 import time
@@ -191,3 +192,16 @@ def test_half_a_row_at_the_end_is_no_row(tmp_path: Path) -> None:
     file.write_text(json.dumps(row) + "\n" + '{"split": "test", "ep')
     assert read_rows(file) == [row]
     assert read_rows(tmp_path / "none") == []
+
+
+def test_an_evaluation_goes_to_the_summary_of_the_same_run(
+    trained: Path, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    before = {wandb.id for wandb in offline_runs(tmp_path / "run")}
+    assert command("evaluate", tmp_path / "run", "--iw_samples", 3).status == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    *_, last = offline_runs(tmp_path / "run")
+    assert {wandb.id for wandb in offline_runs(tmp_path / "run")} == before
+    assert last.summary["evaluation/nll"] == pytest.approx(found["nll"])
+    assert last.summary["evaluation/active_units"] == found["active_units"]
