@@ -32,8 +32,11 @@ def test_options_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_parses_and_says_what_it_is(recipe: Path) -> None:
-    assert parse(["--config", str(recipe)]).output == f"runs/{recipe.stem}"
+    config = parse(["--config", str(recipe)])
+    assert config.output == f"runs/{recipe.stem}"
     assert recipe.read_text().startswith("# ")
+    assert config.expect.low is not None
+    assert config.expect.high is not None
 
 
 @pytest.mark.parametrize(
