@@ -33,6 +33,16 @@ def test_a_folder_with_another_run_is_refused(
     assert everything(finished) == before
 
 
+def test_compilation_without_a_compiler_is_refused(
+    quick: list[object], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(
+        command("train", *quick, "--output", tmp_path / "run", "--trainer.compile", "true"), "--trainer.compile true", "CXX"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_baseline_must_be_a_run_of_the_same_job_on_one_process(
     finished: Path, quick: list[object], command: Command, tmp_path: Path
 ) -> None:

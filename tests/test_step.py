@@ -1,5 +1,6 @@
 """One optimizer step: no host has a say in it, every step is the same operators, and a recording of it computes the same."""
 
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -178,9 +179,9 @@ def test_a_cuda_graph_computes_the_same() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_step_computes_the_same(precision: Any, tmp_path: Path) -> None:
-    """Compilation needs a C++ compiler, as in a container for training."""
     base = SETTINGS["adam"].config
     losses = []
     for compiled in (False, True):

@@ -5,6 +5,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -74,6 +75,8 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
         raise InputError("--trainer.precision bf16: this GPU has none; take fp16 or fp32")
     if trainer.precision in ("fp16", "tf32") and on_cpu:
         raise InputError(f"--trainer.precision {trainer.precision}: needs a GPU, and none is visible; take bf16 or fp32")
+    if trainer.compile and on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise InputError("--trainer.compile true: needs a C++ compiler, g++ or what CXX names, and there is none; leave it out")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not on_cpu and local_processes > torch.cuda.device_count():
         raise InputError(f"{local_processes} processes were started here for {torch.cuda.device_count()} visible GPUs")
