@@ -205,3 +205,17 @@ def test_an_evaluation_goes_to_the_summary_of_the_same_run(
     assert {wandb.id for wandb in offline_runs(tmp_path / "run")} == before
     assert last.summary["evaluation/nll"] == pytest.approx(found["nll"])
     assert last.summary["evaluation/active_units"] == found["active_units"]
+
+
+def test_an_evaluation_of_an_online_run_whose_key_is_gone_is_done_all_the_same(
+    trained: Path, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    described = json.loads(config.read_text())
+    described["config"]["tracking"]["wandb"] = "online"
+    config.write_text(json.dumps(described))
+    outcome = command("evaluate", tmp_path / "run")
+    assert outcome.status == 0, outcome.err
+    assert "W&B failed (InputError: --tracking.wandb online: no key" in outcome.out
+    assert (tmp_path / "run" / "evaluation.json").is_file()

@@ -130,14 +130,16 @@ class RunTracker(Tracker):
 
 def summarise(accelerator: Accelerator, run: RunFolder, config: Config, figures: Row) -> None:
     """Puts figures into the summary of the run's W&B run, if it has one. Rank zero only."""
-    mode = wandb_mode(config)
-    if mode == "disabled" or not run.has_wandb():
+    if not run.has_wandb():
         return
     try:
+        mode = wandb_mode(config)
+        if mode == "disabled":
+            return
         wandb_run = _opened(accelerator, run, config, mode)
         wandb_run.summary.update({f"evaluation/{name}": value for name, value in figures.items()})
         wandb_run.finish()
-    except Exception as error:  # as above
+    except Exception as error:  # W&B's own, as above, or no key for an online run any more: evaluation.json is written
         print(f"{_wandb_failed(error)}; evaluation.json has everything", flush=True)
 
 
