@@ -76,8 +76,10 @@ def watch_steps(first: int, last: int, dtype: torch.dtype) -> None:
 def label_data() -> None:
     """Marks what vae_dist does to have a step's images and noise."""
     from vae_dist import data, noise, step, trainer
+    from vae_dist.data import images
 
-    step.__dict__["gather"] = labelled(data.gather)
+    images.Resident.rows = labelled(images.Resident.rows)  # type: ignore[method-assign]
+    step.__dict__["as_images"] = labelled(data.as_images)
     trainer.__dict__["normal"] = labelled(noise.normal)
 
 

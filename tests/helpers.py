@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor, sigmoid
 
+from vae_dist.config import DataConfig
+from vae_dist.data import sources
 from vae_dist.data.idx import idx_bytes
+from vae_dist.data.images import Resident
 from vae_dist.tracking import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +61,13 @@ def reference_terms(run: Path, images: Tensor, noise: Tensor) -> tuple[Tensor, T
     p = sigmoid(hidden @ w["decoder.2.weight"].T + w["decoder.2.bias"])
     bce = -(images * p.log() + (1 - images) * (1 - p).log()).sum(1)
     return bce, -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(1)
+
+
+def resident(data: DataConfig, train: bool) -> Resident:
+    """A data set that is loaded into memory."""
+    images = sources.load(data, train)
+    assert isinstance(images, Resident)
+    return images
 
 
 def write_idx_set(

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vae_dist import distributed, train
 from vae_dist.data import sources
+from vae_dist.data.images import Images, Resident
 from vae_dist.trainer import Trainer
 
 RANK, STEP = 1, 11  # where a fault in training strikes
@@ -22,10 +23,10 @@ def at_step(fault: Callable[[Trainer], None]) -> None:
     """Lets the fault strike right before one step."""
     step = Trainer._train_step
 
-    def faulty(self: Trainer, indices: Tensor, noise: Tensor) -> None:
+    def faulty(self: Trainer, pixels: Tensor, indices: Tensor, noise: Tensor) -> None:
         if self.progress.step == STEP:
             fault(self)
-        step(self, indices, noise)
+        step(self, pixels, indices, noise)
 
     Trainer._train_step = faulty  # type: ignore[method-assign]
 
@@ -48,10 +49,11 @@ def no_number(trainer: Trainer) -> None:
 def other_data() -> None:
     load = sources.load
 
-    def flipped(*args: object, **kwargs: object) -> sources.Images:
-        pixels, labels = load(*args, **kwargs)  # type: ignore[arg-type]
-        pixels[17, 0, 3, 4] ^= 1
-        return sources.Images(pixels, labels)
+    def flipped(*args: object, **kwargs: object) -> Images:
+        images = load(*args, **kwargs)  # type: ignore[arg-type]
+        assert isinstance(images, Resident)
+        images.pixels[17, 0, 3, 4] ^= 1
+        return images
 
     sources.load = flipped
 

@@ -12,7 +12,8 @@ from PIL import Image
 from scipy import stats
 
 from tests.helpers import Outcome, records
-from vae_dist.data import binarized, binary, gather
+from vae_dist.data import binarized, binary, white
+from vae_dist.data.images import Resident
 from vae_dist.noise import Stream, derive_key, signed, uniform16
 
 KEY = derive_key(3, Stream.BINARY_EPOCH, 1)
@@ -64,11 +65,11 @@ def test_a_data_set_is_made_black_and_white_once_and_a_step_draws_anew() -> None
     assert (once.shape, once.dtype) == (pixels.shape, torch.uint8)
     assert once.unique().tolist() == [0, 255]
     indices = torch.tensor([5, 699, -1, 5])
-    drawn = gather(pixels, indices, torch.tensor(signed(KEY)))
-    assert torch.equal(drawn[:2], gather(once, indices[:2]))
-    assert drawn.unique().tolist() == [0.0, 1.0]
+    rows = Resident(pixels).rows(indices)
+    drawn = white(rows, indices, torch.tensor(signed(KEY)))
+    assert torch.equal(drawn[:2], once[indices[:2]])
     assert torch.equal(drawn[0], drawn[3])
-    other = gather(pixels, indices, torch.tensor(signed(derive_key(3, Stream.BINARY_EPOCH, 2))))
+    other = white(rows, indices, torch.tensor(signed(derive_key(3, Stream.BINARY_EPOCH, 2))))
     assert not torch.equal(drawn, other)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import write_idx_set
+from tests.helpers import resident, write_idx_set
 from vae_dist.config import DataConfig, InputError
 from vae_dist.data import as_images, glyphs, sources
 from vae_dist.data.idx import idx_bytes, read_idx
@@ -25,8 +25,9 @@ def test_idx_files_are_found_in_every_usual_layout(layout: str, compressed: bool
     write_idx_set(tmp_path / layout, IMAGES, LABELS, IMAGES[:2], LABELS[:2], compressed=compressed)
     data = DataConfig(root=str(tmp_path))
     sources.fetch_missing(data)
-    train, test = sources.load(data, train=True), sources.load(data, train=False)
+    train, test = resident(data, train=True), resident(data, train=False)
     assert torch.equal(train.pixels, IMAGES)
+    assert train.labels is not None
     assert torch.equal(train.labels, LABELS)
     assert torch.equal(test.pixels, IMAGES[:2])
     assert train.pixels.dtype == torch.uint8
@@ -35,13 +36,13 @@ def test_idx_files_are_found_in_every_usual_layout(layout: str, compressed: bool
 @pytest.mark.parametrize(("name", "folder"), [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
 def test_sets_of_mnists_kin_have_folders_of_their_own(name: str, folder: str, tmp_path: Path) -> None:
     write_idx_set(tmp_path / folder / "raw", IMAGES, LABELS, IMAGES[:2], LABELS[:2])
-    assert torch.equal(sources.load(DataConfig(name=name, root=str(tmp_path)), train=True).pixels, IMAGES)  # type: ignore[arg-type]
+    assert torch.equal(resident(DataConfig(name=name, root=str(tmp_path)), train=True).pixels, IMAGES)  # type: ignore[arg-type]
 
 
 def test_emnist_digits_stand_upright(tmp_path: Path) -> None:
     names = ("emnist-digits-train", "emnist-digits-test")
     write_idx_set(tmp_path / "EMNIST" / "raw", IMAGES, LABELS, IMAGES, LABELS, names)
-    assert torch.equal(sources.load(DataConfig(name="emnist", root=str(tmp_path)), train=True).pixels, IMAGES.transpose(2, 3))
+    assert torch.equal(resident(DataConfig(name="emnist", root=str(tmp_path)), train=True).pixels, IMAGES.transpose(2, 3))
 
 
 def test_cifar10_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +66,11 @@ def test_cifar10_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", pixels[:6]), write("data_batch_2", pixels[6:10])])
     monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", pixels[10:])])
     data = DataConfig(name="cifar10", root=str(tmp_path))
-    assert torch.equal(sources.load(data, train=True).pixels, pixels[:10])
-    assert torch.equal(sources.load(data, train=False).pixels, pixels[10:])
+    assert torch.equal(resident(data, train=True).pixels, pixels[:10])
+    assert torch.equal(resident(data, train=False).pixels, pixels[10:])
     (folder / "data_batch_1").write_bytes(b"not what was published")
     with pytest.raises(InputError, match="not the published CIFAR-10"):
-        sources.load(data, train=True)
+        resident(data, train=True)
 
 
 GOOD = idx_bytes(IMAGES[:, 0])
@@ -102,7 +103,7 @@ def test_a_damaged_idx_file_is_refused_by_name(name: str, content: bytes, told: 
 def test_images_and_labels_of_different_length_are_refused(tmp_path: Path) -> None:
     write_idx_set(tmp_path, IMAGES, LABELS[:3], IMAGES, LABELS)
     with pytest.raises(InputError, match=r"has 5 images, but .* has 3 labels"):
-        sources.load(DataConfig(root=str(tmp_path)), train=True)
+        resident(DataConfig(root=str(tmp_path)), train=True)
 
 
 @pytest.mark.parametrize("name", ["mnist", "emnist", "cifar10"])
@@ -151,12 +152,13 @@ def test_pixels_become_images_in_the_unit_interval() -> None:
 
 
 def test_the_real_mnist_is_read(mnist_root: Path, tmp_path: Path) -> None:
-    train = sources.load(DataConfig(root=str(mnist_root)), train=True)
+    train = resident(DataConfig(root=str(mnist_root)), train=True)
     assert train.pixels.shape == (60_000, 1, 28, 28)
     assert abs(as_images(train.pixels).mean().item() - 0.1307) < 1e-4
+    assert train.labels is not None
     assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
     for file in (mnist_root / "MNIST" / "raw").glob("t10k*ubyte"):
         with gzip.open(tmp_path / f"{file.name}.gz", "wb", compresslevel=1) as packed, file.open("rb") as raw:
             shutil.copyfileobj(raw, packed)
-    test = sources.load(DataConfig(root=str(tmp_path)), train=False)
-    assert torch.equal(test.pixels, sources.load(DataConfig(root=str(mnist_root)), train=False).pixels)
+    test = resident(DataConfig(root=str(tmp_path)), train=False)
+    assert torch.equal(test.pixels, resident(DataConfig(root=str(mnist_root)), train=False).pixels)

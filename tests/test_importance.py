@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 import vae_dist
-from tests.helpers import Outcome, everything
+from tests.helpers import Outcome, everything, resident
 from vae_dist import importance
 from vae_dist.config import Config, ModelConfig
-from vae_dist.data import as_images, glyphs, sources
+from vae_dist.data import as_images, glyphs
+from vae_dist.data.images import Resident
 from vae_dist.evaluate import evaluate
 from vae_dist.importance import PartialFile, log_marginals
 from vae_dist.likelihoods import Likelihood
@@ -72,8 +73,9 @@ def linear() -> tuple[VAE, Tensor, Tensor]:
 
 
 def estimate(model: VAE, pixels: Tensor, seed: int, samples: int, accelerator: Accelerator) -> Tensor:
+    images = Resident(pixels)
     """Without a file."""
-    return log_marginals(model, pixels, seed, samples, accelerator, PartialFile(None, Config(), model, pixels, samples))
+    return log_marginals(model, images, seed, samples, accelerator, PartialFile(None, Config(), model, images, samples))
 
 
 def test_it_agrees_with_the_closed_form_of_a_linear_gaussian_model(
@@ -92,10 +94,10 @@ def test_more_samples_do_not_lower_it_and_one_is_the_elbo(linear: tuple[VAE, Ten
     means = [estimate(model, pixels, 0, k, accelerator).mean().item() for k in (1, 5, 50, 51, 500, 5000)]
     assert means == sorted(means)
     assert means[-1] <= log_p.mean().item() + 0.005
-    elbo = evaluate(model, pixels, 0, accelerator)
+    elbo = evaluate(model, Resident(pixels), 0, accelerator)
     assert means[0] == pytest.approx(-elbo.sums.figures()["loss"], abs=5 * math.sqrt(2) * elbo.stderr)
     one = torch.cat([estimate(model, pixels, seed, 1, accelerator) for seed in range(30)])
-    others = [-evaluate(model, pixels, seed, accelerator).sums.figures()["loss"] for seed in range(30)]
+    others = [-evaluate(model, Resident(pixels), seed, accelerator).sums.figures()["loss"] for seed in range(30)]
     assert one.mean().item() == pytest.approx(sum(others) / 30, abs=4 * one.std().item() / math.sqrt(len(one)))
 
 
@@ -118,7 +120,7 @@ def test_standard_errors_are_those_of_a_mean_over_images(finished: Path, command
     assert command("evaluate", finished, "--iw_samples", 7).status == 0
     found = json.loads((finished / "evaluation.json").read_text())
     config, model = RunFolder(finished).config(), vae_dist.load(finished)
-    pixels = sources.load(config.data, train=False).pixels
+    pixels = resident(config.data, train=False).pixels
     log_p = estimate(model, pixels, config.seed, 7, Accelerator(cpu=True))
     assert found["nll_stderr"] == pytest.approx(log_p.std(correction=0).item() / math.sqrt(300), rel=1e-9)
     images = as_images(pixels).double()
@@ -133,7 +135,7 @@ def test_memory_does_not_grow_with_the_samples(accelerator: Accelerator) -> None
     rows: list[int] = []
     model.decoder.register_forward_hook(lambda _module, args, _output: rows.append(len(args[0])))
     estimate(model, glyphs.draw(0, 60)[0], 0, 1000, accelerator)
-    assert max(rows) == min(rows) == importance._IMAGES * importance._SAMPLES
+    assert max(rows) == min(rows) == importance._IMAGES * importance._MOST_SAMPLES
     assert len(rows) == 3 * 20
 
 
@@ -145,7 +147,7 @@ def test_an_end_in_the_middle_loses_nothing(accelerator: Accelerator, tmp_path: 
     file = tmp_path / "evaluation.safetensors"
 
     def partial(samples: int, **changes: Any) -> PartialFile:
-        return PartialFile(file, Config(**changes), model, pixels, samples)
+        return PartialFile(file, Config(**changes), model, Resident(pixels), samples)
 
     def killed_at_75(images: int) -> None:
         told.append(images)
@@ -154,10 +156,10 @@ def test_an_end_in_the_middle_loses_nothing(accelerator: Accelerator, tmp_path: 
 
     told: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        log_marginals(model, pixels, 0, 20, accelerator, partial(20), killed_at_75)
+        log_marginals(model, Resident(pixels), 0, 20, accelerator, partial(20), killed_at_75)
     assert len(partial(20).read()) == 75
     again: list[int] = []
-    found = log_marginals(model, pixels, 0, 20, accelerator, partial(20), again.append)
+    found = log_marginals(model, Resident(pixels), 0, 20, accelerator, partial(20), again.append)
     assert again == [75, 25, 25, 5]
     assert torch.equal(found, whole)
     for other in (partial(20, seed=1), partial(21), partial(20, model=ModelConfig(activation="tanh"))):
@@ -174,7 +176,7 @@ def test_mutual_information_agrees_with_a_direct_computation(accelerator: Accele
     with torch.no_grad():
         model.encoder.get_parameter("3.weight").mul_(10)  # so that posteriors differ
     pixels, _ = glyphs.draw(0, 70)
-    found, most = mutual_information(model, pixels, 3, accelerator)
+    found, most = mutual_information(model, Resident(pixels), 3, accelerator)
     mean, logvar = (tensor.double() for tensor in model.encode(as_images(pixels)))
     noise = normal(derive_key(3, Stream.EVALUATION), torch.arange(70), 3).double()
     z = mean + (logvar / 2).exp() * noise
@@ -190,7 +192,7 @@ def test_active_units_are_those_whose_mean_moves(accelerator: Accelerator) -> No
     pixels, _ = glyphs.draw(0, 100)
     with torch.no_grad():
         model.encoder.get_parameter("3.weight").mul_(torch.tensor([100.0, 0, 100, 0.001, 1, 1, 1, 1]).unsqueeze(1))
-    assert evaluate(model, pixels, 0, accelerator).active_units == 2
+    assert evaluate(model, Resident(pixels), 0, accelerator).active_units == 2
 
 
 def test_the_entry_point_tells_and_keeps_all(finished: Path, command: Command) -> None:

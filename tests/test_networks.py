@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vae_dist
-from tests.helpers import Outcome
+from tests.helpers import Outcome, resident
 from vae_dist.config import DataConfig, ModelConfig
-from vae_dist.data import sources
+from vae_dist.data.images import Resident
 from vae_dist.model import build_model
 
 PIXELS = torch.randint(0, 256, (5000, 1, 3, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -27,7 +27,7 @@ def test_activations_stand_between_the_layers_and_change_no_initial_weight() -> 
 
 
 def test_the_output_bias_starts_at_the_log_odds_of_the_mean_image() -> None:
-    model = build_model(ModelConfig(hidden=(7,), output_bias="data"), (1, 3, 4), 0, PIXELS)
+    model = build_model(ModelConfig(hidden=(7,), output_bias="data"), (1, 3, 4), 0, Resident(PIXELS))
     plain = build_model(ModelConfig(hidden=(7,)), (1, 3, 4), 0)
     bias = model.decoder.get_parameter("2.bias")
     mean = (PIXELS.double().mean(0) / 255).flatten().clamp(0.001, 0.999)
@@ -36,7 +36,7 @@ def test_the_output_bias_starts_at_the_log_odds_of_the_mean_image() -> None:
     others = {name: tensor for name, tensor in plain.state_dict().items() if name != "decoder.2.bias"}
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in others.items())
     shuffled = PIXELS[torch.randperm(5000)]
-    again = build_model(ModelConfig(hidden=(7,), output_bias="data"), (1, 3, 4), 0, shuffled)
+    again = build_model(ModelConfig(hidden=(7,), output_bias="data"), (1, 3, 4), 0, Resident(shuffled))
     assert torch.equal(again.decoder.get_parameter("2.bias"), bias), "to the last bit, in any order"
     with pytest.raises(ValueError, match="training images"):
         build_model(ModelConfig(output_bias="data"), (1, 3, 4), 0)
@@ -47,7 +47,7 @@ def test_a_run_starts_there_and_its_weights_hold_it(
 ) -> None:
     still = ["--optimizer.kind", "sgd", "--optimizer.lr", 1e-30, "--trainer.epochs", 1]
     assert command("train", *quick, *still, "--model.output_bias", "data", "--output", tmp_path).status == 0
-    pixels = sources.load(DataConfig(root=str(small_root)), train=True).pixels
+    pixels = resident(DataConfig(root=str(small_root)), train=True).pixels
     mean = (pixels.double().mean(0) / 255).flatten().clamp(0.001, 0.999)
     bias = load_file(tmp_path / "model.safetensors")["decoder.2.bias"]
     torch.testing.assert_close(bias.double().sigmoid(), mean, rtol=1e-5, atol=0)

@@ -19,6 +19,7 @@ from tests.worker import Recorder
 from vae_dist import step as step_module
 from vae_dist.config import Config
 from vae_dist.data import glyphs
+from vae_dist.data.images import Resident
 from vae_dist.model import build_model
 from vae_dist.replay import WARM_UPS, Recording, Replay, record_cuda_graph
 from vae_dist.run import RunFolder
@@ -55,7 +56,12 @@ class Tape(TorchDispatchMode):
 def trainer_of(config: Config, folder: Path, images: int = IMAGES) -> Trainer:
     pixels, _ = glyphs.draw(0, images)
     trainer = Trainer(
-        config, Accelerator(cpu=True), build_model(config.model, (1, 28, 28), 0), pixels, pixels[:20], RunFolder(folder)
+        config,
+        Accelerator(cpu=True),
+        build_model(config.model, (1, 28, 28), 0),
+        Resident(pixels),
+        Resident(pixels[:20]),
+        RunFolder(folder),
     )
     trainer.tracker = Recorder()
     return trainer
@@ -72,9 +78,9 @@ def test_every_step_is_the_same_operators_and_none_asks_the_device(setting: str,
     """The short last step too: else no graph could hold them, and the device would be waited for."""
     trainer = trainer_of(SETTINGS[setting].config, tmp_path)
     seen = []
-    for number, (indices, noise) in enumerate(trainer._batches(epoch=1, first=0)):
+    for number, batch in enumerate(trainer._batches(epoch=1, first=0)):
         with Tape() as tape:
-            trainer.step(indices, noise, number, 1e-3)
+            trainer.step(*batch, number, 1e-3)
         seen.append(tape.names())
     assert len(seen) > 10
     assert all(names == seen[1] for names in seen[2:])  # the first one makes the optimizer's state

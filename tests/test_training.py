@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vae_dist
-from tests.helpers import Outcome, begin, everything, records, reference_terms, refused
+from tests.helpers import Outcome, begin, everything, records, reference_terms, refused, resident
 from vae_dist.config import DataConfig
-from vae_dist.data import as_images, sources
+from vae_dist.data import as_images
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.options import parse
 from vae_dist.run import RunFolder
@@ -121,7 +121,7 @@ def test_evaluate_prints_and_writes_the_figures_of_the_last_epoch(trained: Path,
 
 
 def test_the_test_figures_agree_with_an_independent_float64_computation(trained: Path, small_root: Path) -> None:
-    images = as_images(sources.load(DataConfig(root=str(small_root)), train=False).pixels).double().flatten(1)
+    images = as_images(resident(DataConfig(root=str(small_root)), train=False).pixels).double().flatten(1)
     last = next(row for row in reversed(records(trained)) if row["split"] == "test")
     same_draw = normal(derive_key(0, Stream.EVALUATION), torch.arange(300), 20).double()
     bce, kld = reference_terms(trained, images, same_draw)

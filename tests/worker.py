@@ -13,6 +13,7 @@ from tests.settings import SETTINGS
 from vae_dist import shared_memory, step
 from vae_dist.config import Config
 from vae_dist.data import glyphs
+from vae_dist.data.images import Resident
 from vae_dist.distributed import run_entry_point, start
 from vae_dist.model import build_model
 from vae_dist.run import RunFolder
@@ -34,7 +35,7 @@ class Recorder(Tracker):
 def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Path) -> dict[str, object]:
     """The gradient of the first step, the loss and gradient norm of each step, and the test loss after the epoch."""
     model = build_model(config.model, images.shape[1:], seed=0)
-    trainer = Trainer(config, accelerator, model, images, images[:37], RunFolder(folder))
+    trainer = Trainer(config, accelerator, model, Resident(images), Resident(images[:37]), RunFolder(folder))
     trainer.step._replay = None  # there is no CUDA here that could record
     trainer.tracker = recorder = Recorder()
     gradients: list[list[float]] = []

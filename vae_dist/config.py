@@ -32,9 +32,14 @@ class DataConfig:
     """Images of one optimizer step, over all processes (the global batch)."""
     binarize: Literal["none", "static", "dynamic"] = "none"
     """Black or white pixels, white with their grey value's probability: drawn once, or anew in each epoch of training."""
+    flip: bool = False
+    """Mirror training images left to right, half of them, drawn anew in each epoch."""
+    shift: int = 0
+    """Move training images by up to so many pixels along each axis, drawn anew in each epoch; their edges are repeated."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "--data.batch_size", self.batch_size, "at least 1")
+        _require(0 <= self.shift < 1 << 15, "--data.shift", self.shift, "0 or more pixels, as many as images may have")
 
 
 @dataclass(frozen=True)

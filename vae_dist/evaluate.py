@@ -3,7 +3,6 @@
 python -m vae_dist.evaluate runs/mnist --iw_samples 5000
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -19,12 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import Config, DataConfig, InputError
-from vae_dist.data import binarized, gather, sources
+from vae_dist.config import Config, InputError
+from vae_dist.data import as_images, rows_at_once
+from vae_dist.data.images import Images, Resident, first_images
 from vae_dist.data.order import Partition
-from vae_dist.distributed import on_first_rank, require_same, run_entry_point, start, sum_over_ranks, together
+from vae_dist.distributed import on_first_rank, run_entry_point, start, sum_over_ranks, together
 from vae_dist.importance import PartialFile, log_marginals
 from vae_dist.likelihoods import bits_per_dimension, is_log_likelihood, remark
+from vae_dist.loading import load_images
 from vae_dist.model import VAE, Output, reparameterize
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, kl_by_dimension, negative_elbo
@@ -34,7 +35,7 @@ from vae_dist.run import RunFolder, is_checkpoint, load_model
 from vae_dist.tracking import summarise
 
 # Rows of every forward pass, whatever the number of ranks: an image's figure then never depends on who else evaluates.
-_ROWS = 500
+_MOST_ROWS = 500
 
 
 class Evaluation(NamedTuple):
@@ -47,23 +48,24 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator, progress: bool = False) -> Evaluation:
-    """The negative ELBO of all images, uint8 (n, *image_shape) on the device of the model, each counted once.
+def evaluate(model: VAE, images: Images, seed: int, accelerator: Accelerator, progress: bool = False) -> Evaluation:
+    """The negative ELBO of all images, which come to the device of the model, each counted once.
 
     One latent per image, from noise keyed by the image alone: figures of different epochs differ by their weights only. In
     float32 under every training precision, since `encode` and `decoder` run outside autocast. All ranks call it.
     """
-    ranks = accelerator.num_processes
-    partition = Partition(len(pixels), _ROWS * ranks, ranks, _ROWS)
-    order = torch.arange(len(pixels), device=pixels.device)
+    ranks, rows = accelerator.num_processes, rows_at_once(images.shape, _MOST_ROWS)
+    partition = Partition(len(images), rows * ranks, ranks, rows)
+    order = torch.arange(len(images), device=images.device)
     key = derive_key(seed, Stream.EVALUATION)
-    totals = torch.zeros(4 + 3 * model.latent_dim, dtype=torch.float64, device=pixels.device)
+    totals = torch.zeros(4 + 3 * model.latent_dim, dtype=torch.float64, device=images.device)
     mine = partition.of_rank(order, accelerator.process_index).flatten(1)
-    for indices in tqdm(mine, desc="evaluating", disable=None if progress and accelerator.is_main_process else True):
-        images = gather(pixels, indices)
-        posterior = model.encode(images)
+    quiet = None if progress and accelerator.is_main_process else True
+    for indices, pixels in zip(tqdm(mine, desc="evaluating", disable=quiet), images.stream(mine), strict=True):
+        batch = as_images(pixels)
+        posterior = model.encode(batch)
         latents = reparameterize(posterior, normal(key, indices, model.latent_dim))
-        terms = negative_elbo(Output(model.decoder(latents), *posterior, latents), images, model.likelihood)
+        terms = negative_elbo(Output(model.decoder(latents), *posterior, latents), batch, model.likelihood)
         weights = indices >= 0
         sums = torch.stack([terms.bce, terms.kld, terms.loss, torch.ones_like(terms.bce)]).double()
         sums[2] = sums[2].square()
@@ -102,34 +104,15 @@ class Options:
             raise InputError(f"--images {self.images}: must be at least 1")
 
 
-def load_pixels(config: DataConfig, accelerator: Accelerator, train: bool, shape: Sequence[int] | None = None) -> Tensor:
-    """The training or the test images, uint8 on each rank's device; downloaded, where missing, by one process at a time.
-
-    Binarised they are one data set, whatever the seed: training images by `static`, test images always, so that figures of
-    different epochs and runs compare. `dynamic` training images stay grey until a step draws them.
-    Raises the same InputError on all ranks where a rank cannot have them or has others than the rest, or they are not of the
-    shape that is asked for.
-    """
-    on_first_rank(accelerator, lambda: sources.fetch_missing(config))
-    together(accelerator, lambda: sources.fetch_missing(config) if accelerator.is_local_main_process else None)
-    pixels = together(accelerator, lambda: sources.load(config, train)).pixels
-    if shape is not None and pixels.shape[1:] != torch.Size(shape):
-        sides = ("x".join(map(str, size)) for size in (pixels.shape[1:], shape))
-        raise InputError(f"--data.root {config.root}: images of {' pixels, where '.join(sides)} are expected")
-    name = f"the SHA-256 of the {'training' if train else 'test'} images in --data.root"
-    require_same(accelerator, lambda: {name: hashlib.sha256(pixels.numpy().data).hexdigest()[:16]})
-    if config.binarize == "static" or (config.binarize == "dynamic" and not train):
-        pixels = binarized(pixels, derive_key(0, Stream.BINARY_TRAIN if train else Stream.BINARY_TEST))
-    return pixels.to(accelerator.device)
-
-
 def main(args: list[str] | None = None) -> int:
     options = command_line(Options, "vae_dist.evaluate", sys.argv[1:] if args is None else args)
     accelerator = start()
     model, config = together(accelerator, lambda: load_model(options.run))
     data = replace(config.data, root=options.root or config.data.root)
-    pixels = load_pixels(data, accelerator, train=False, shape=model.image_shape)[: options.images]
-    record = figures(options, config, model.to(accelerator.device), pixels, accelerator)
+    images = load_images(data, accelerator, train=False, shape=model.image_shape)
+    if options.images is not None:
+        images = Resident(first_images(images, options.images))
+    record = figures(options, config, model.to(accelerator.device), images, accelerator)
     accelerator.print(table(record, config, model.image_shape))
     if is_kept(options):
         run = RunFolder(options.run)
@@ -144,33 +127,33 @@ def is_kept(options: Options) -> bool:
     return options.images is None and not is_checkpoint(options.run)
 
 
-def figures(options: Options, config: Config, model: VAE, pixels: Tensor, accelerator: Accelerator) -> dict[str, Any]:
+def figures(options: Options, config: Config, model: VAE, images: Images, accelerator: Accelerator) -> dict[str, Any]:
     """All that evaluation.json holds. All ranks call it."""
-    found = evaluate(model, pixels, config.seed, accelerator, progress=True)
+    found = evaluate(model, images, config.seed, accelerator, progress=True)
     means = found.sums.figures()
     if not math.isfinite(means["loss"]):
         raise InputError(f"{options.run}: the loss of this model is not finite")
-    information, most = mutual_information(model, pixels, config.seed, accelerator)
+    information, most = mutual_information(model, images, config.seed, accelerator)
     return (
         {"split": "test", "elbo": -means["loss"], **means, "stderr": found.stderr}
         | {"is_log_likelihood": is_log_likelihood(config)}
         | {"bits_per_dim": bits_per_dimension(config, means["loss"], model.image_shape)}
-        | (importance_figures(options, config, model, pixels, accelerator) if options.iw_samples else {})
+        | (importance_figures(options, config, model, images, accelerator) if options.iw_samples else {})
         | {"active_units": found.active_units, "latent_dim": model.latent_dim, "kld_per_dim": found.kld_per_dim}
         | {"mutual_information": information, "mutual_information_at_most": most}
     )
 
 
 def importance_figures(
-    options: Options, config: Config, model: VAE, pixels: Tensor, accelerator: Accelerator
+    options: Options, config: Config, model: VAE, images: Images, accelerator: Accelerator
 ) -> dict[str, float | None]:
     """-log p(x) by importance sampling, in nats per image. All ranks call it."""
-    n, samples = len(pixels), options.iw_samples
+    n, samples = len(images), options.iw_samples
     path = RunFolder(options.run).evaluation_so_far if is_kept(options) else None
-    partial = PartialFile(path, config, model, pixels, samples)
+    partial = PartialFile(path, config, model, images, samples)
     quiet = None if accelerator.is_main_process else True
     with tqdm(total=n, desc=f"log p(x), {samples} samples", unit="image", smoothing=0, disable=quiet) as bar:
-        log_p = log_marginals(model, pixels, config.seed, samples, accelerator, partial, bar.update)
+        log_p = log_marginals(model, images, config.seed, samples, accelerator, partial, bar.update)
     on_first_rank(accelerator, partial.remove)
     nll, spread = -log_p.mean().item(), log_p.std(correction=0).item()
     bits = bits_per_dimension(config, nll, model.image_shape)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vae_dist.config import InputError
 from vae_dist.data import as_images
+from vae_dist.data.images import first_images
 from vae_dist.distributed import run_entry_point, start
-from vae_dist.evaluate import load_pixels
+from vae_dist.loading import load_images
 from vae_dist.model import VAE
 from vae_dist.options import command_line
 from vae_dist.pictures import grid, reconstructions, samples, save_png
@@ -52,7 +53,8 @@ def main(args: list[str] | None = None) -> int:
     options = command_line(Options, "vae_dist.generate", sys.argv[1:] if args is None else args)
     model, config = load_model(options.run)
     data = replace(config.data, root=options.root or config.data.root)
-    images = as_images(load_pixels(data, start(), train=False, shape=model.image_shape)[:_TEST_IMAGES]).cpu()
+    test = load_images(data, start(), train=False, shape=model.image_shape)
+    images = as_images(first_images(test, _TEST_IMAGES)).cpu()
     run = options.run.parent.parent if is_checkpoint(options.run) else options.run  # checkpoints are sealed
     out = options.out or run / "generated"
     drawn = {

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from vae_dist.checkpoint import write_atomically
 from vae_dist.config import Config
-from vae_dist.data import gather
+from vae_dist.data import as_images, rows_at_once
+from vae_dist.data.images import Images
 from vae_dist.data.order import FILLER
 from vae_dist.distributed import from_first_rank, on_first_rank
 from vae_dist.model import VAE, Output, Posterior, reparameterize
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import log_likelihood_of_samples, log_prior_ratio
 
-# Of every forward pass, whatever the numbers of ranks and samples: an image's figure depends on neither.
-_IMAGES, _SAMPLES = 25, 50
+# Of every forward pass, whatever the numbers of ranks and samples: an image's figure depends on neither. Of large images
+# fewer samples at once.
+_IMAGES, _MOST_SAMPLES = 25, 50
 _SECONDS_BETWEEN_SAVES = 10.0
 _FORMAT = 1  # of the file of an evaluation that is not done, and of the draws behind it
 
@@ -31,14 +33,14 @@ _FORMAT = 1  # of the file of an evaluation that is not done, and of the draws b
 @torch.no_grad()
 def log_marginals(
     model: VAE,
-    pixels: Tensor,
+    images: Images,
     seed: int,
     samples: int,
     accelerator: Accelerator,
     partial: "PartialFile",
     progress: Callable[[int], object] = lambda images: None,
 ) -> Tensor:
-    """Estimates log p(x) of all images, uint8 (n, *image_shape) on the model's device: float64 (n,) in nats, on the host.
+    """Estimates log p(x) of all images, which lie on the model's device: float64 (n,) in nats, on the host.
 
     Each is the importance-weighted bound with `samples` latents: never above log p(x) on average, and nearer with more. All
     ranks call it. It goes on from what the file holds. `progress` hears of each number of images that are done.
@@ -46,11 +48,11 @@ def log_marginals(
     done = from_first_rank(accelerator, partial.read)
     progress(len(done))
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    for first in range(len(done), len(pixels), ranks * _IMAGES):
-        images = torch.arange(first, first + ranks * _IMAGES, device=pixels.device)
-        mine = torch.where(images < len(pixels), images, FILLER).view(ranks, _IMAGES)[rank]
-        of_ranks: Tensor = accelerator.gather(_log_marginals_of(model, pixels, mine, seed, samples))
-        new = of_ranks[: len(pixels) - first].cpu()
+    for first in range(len(done), len(images), ranks * _IMAGES):
+        numbers = torch.arange(first, first + ranks * _IMAGES, device=images.device)
+        mine = torch.where(numbers < len(images), numbers, FILLER).view(ranks, _IMAGES)[rank]
+        of_ranks: Tensor = accelerator.gather(_log_marginals_of(model, images.rows(mine), mine, seed, samples))
+        new = of_ranks[: len(images) - first].cpu()
         done = torch.cat([done, new])
         progress(len(new))
         on_first_rank(accelerator, lambda: partial.save_at_times(done))  # noqa: B023  # called at once
@@ -59,20 +61,21 @@ def log_marginals(
 
 def _log_marginals_of(model: VAE, pixels: Tensor, indices: Tensor, seed: int, samples: int) -> Tensor:
     """Of some images, float64 (n,): a running logsumexp, so that memory does not grow with the samples."""
-    images = gather(pixels, indices)
+    images = as_images(pixels)
     posterior = model.encode(images)
     total = torch.full((len(indices),), -math.inf, dtype=torch.float64, device=pixels.device)
-    for noise in _noise(seed, indices, samples, model.latent_dim):
+    for noise in _noise(seed, indices, samples, model):
         log_weights = _log_weights(model, images, posterior, noise)
         total = torch.logaddexp(total, log_weights.double().logsumexp(1))
     return total - math.log(samples)
 
 
-def _noise(seed: int, indices: Tensor, samples: int, dim: int) -> Iterator[Tensor]:
-    """Standard normal noise in blocks (n, k, dim), k in all `samples`: the first of more."""
-    for block in range(-(-samples // _SAMPLES)):
+def _noise(seed: int, indices: Tensor, samples: int, model: VAE) -> Iterator[Tensor]:
+    """Standard normal noise in blocks (n, k, latent_dim), k in all `samples`: the first of more."""
+    at_once, dim = rows_at_once(model.image_shape, _MOST_SAMPLES), model.latent_dim
+    for block in range(-(-samples // at_once)):
         key = derive_key(seed, Stream.IMPORTANCE, block)
-        yield normal(key, indices, _SAMPLES * dim).view(len(indices), _SAMPLES, dim)[:, : samples - block * _SAMPLES]
+        yield normal(key, indices, at_once * dim).view(len(indices), at_once, dim)[:, : samples - block * at_once]
 
 
 def _log_weights(model: VAE, images: Tensor, posterior: Posterior, noise: Tensor) -> Tensor:
@@ -85,18 +88,18 @@ def _log_weights(model: VAE, images: Tensor, posterior: Posterior, noise: Tensor
 class PartialFile:
     """What is done of an evaluation, kept in a file so that an end in the middle loses seconds. Rank zero's methods."""
 
-    def __init__(self, path: Path | None, config: Config, model: VAE, pixels: Tensor, samples: int) -> None:
+    def __init__(self, path: Path | None, config: Config, model: VAE, images: Images, samples: int) -> None:
         """Without a path nothing is kept."""
-        self._path, self._config, self._model, self._pixels, self._samples = path, config, model, pixels, samples
+        self._path, self._config, self._model, self._images, self._samples = path, config, model, images, samples
         self._saved = time.monotonic()
 
     @functools.cached_property
     def _job(self) -> str:
         """A digest of all that the figures depend on."""
         config = self._config
-        facts = (_FORMAT, _IMAGES, _SAMPLES, self._samples, config.seed, config.model, config.data.binarize)
-        digest = hashlib.sha256(repr((*facts, self._pixels.shape)).encode())
-        for tensor in (self._pixels, *self._model.state_dict().values()):
+        facts = (_FORMAT, _IMAGES, _MOST_SAMPLES, self._samples, config.seed, config.model, self._images.digest())
+        digest = hashlib.sha256(repr(facts).encode())
+        for tensor in self._model.state_dict().values():
             digest.update(tensor.cpu().numpy().data)
         return digest.hexdigest()
 
@@ -112,7 +115,7 @@ class PartialFile:
                 found: Tensor = file.get_tensor("log_p")
         except (OSError, SafetensorError):
             return nothing
-        is_right = found.dtype == torch.float64 and found.ndim == 1 and len(found) <= len(self._pixels)
+        is_right = found.dtype == torch.float64 and found.ndim == 1 and len(found) <= len(self._images)
         return found if is_right and bool(found.isfinite().all()) else nothing
 
     def remove(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_dist.config import ModelConfig
+from vae_dist.data.images import Images
 from vae_dist.likelihoods import at_least_float32, build_likelihood
 from vae_dist.networks import build_networks, set_output_bias
 from vae_dist.noise import Stream, derive_key, normal
@@ -72,17 +73,16 @@ def reparameterize(posterior: Posterior, noise: Tensor) -> Tensor:
     return mean + scale * noise
 
 
-def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int, pixels: Tensor | None = None) -> VAE:
+def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int, images: Images | None = None) -> VAE:
     """A new model on the CPU, its weights a function of the seed; the global generator is left as it was.
 
-    With `model.output_bias: data` they also follow from the training images `pixels`, uint8 (n, *image_shape). Raises
-    ValueError where those are missing.
+    With `model.output_bias: data` they also follow from the training images. Raises ValueError where those are missing.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VAE(config, image_shape)
     if config.output_bias == "data":
-        if pixels is None:
+        if images is None:
             raise ValueError("output_bias: data: needs the training images")
-        set_output_bias(model.decoder, pixels)
+        set_output_bias(model.decoder, images)
     return model

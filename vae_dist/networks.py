@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vae_dist.config import ModelConfig
+from vae_dist.data.images import Images
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 _DARKEST, _BRIGHTEST = 0.001, 0.999  # of a mean image: a pixel that is always black still has finite log-odds
-_BLOCK_IMAGES = 2048  # widened to int64 at once
 
 
 def build_networks(config: ModelConfig, image_shape: Sequence[int], outputs: int) -> tuple[nn.Module, nn.Module]:
@@ -40,12 +40,12 @@ def _layers(widths: Sequence[int], activation: str) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def set_output_bias(decoder: nn.Module, pixels: Tensor) -> None:
-    """Lets a decoder of logits begin at the mean of some images, uint8 (n, *image_shape), as Burda et al. 2016 do.
+def set_output_bias(decoder: nn.Module, images: Images) -> None:
+    """Lets a decoder of logits begin at the mean of some images, as Burda et al. 2016 do.
 
     The mean is exact, and so the same on all ranks: a quotient of integers.
     """
-    total = sum(block.sum(0, dtype=torch.int64) for block in torch.split(pixels, _BLOCK_IMAGES))
-    mean = torch.as_tensor(total).cpu().double() / (255 * len(pixels))
+    total = sum(block.sum(0, dtype=torch.int64) for block in images.blocks())
+    mean = torch.as_tensor(total).cpu().double() / (255 * len(images))
     last = [module for module in decoder.modules() if isinstance(module, nn.Linear)][-1]
     last.bias.copy_(mean.clamp(_DARKEST, _BRIGHTEST).logit().flatten())

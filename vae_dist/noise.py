@@ -31,6 +31,7 @@ class Stream(IntEnum):
     BINARY_TEST = 7
     BINARY_EPOCH = 8
     IMPORTANCE = 9
+    AUGMENTATION = 10
 
 
 def derive_key(seed: int, stream: Stream, *counters: int) -> int:

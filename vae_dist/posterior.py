@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vae_dist.data import gather
+from vae_dist.data import as_images, rows_at_once
+from vae_dist.data.images import Images
 from vae_dist.data.order import Partition
 from vae_dist.distributed import sum_over_ranks
 from vae_dist.model import VAE
@@ -24,21 +25,21 @@ def active_units(sums: Tensor, squares: Tensor, n: float) -> int:
 
 
 @torch.no_grad()
-def mutual_information(model: VAE, pixels: Tensor, seed: int, accelerator: Accelerator) -> tuple[float, float]:
+def mutual_information(model: VAE, images: Images, seed: int, accelerator: Accelerator) -> tuple[float, float]:
     """I(x; z) under q in nats, and the most that it can come out as: the log of the number of images.
 
     E[log q(z|x) - log q(z)] with one latent for each image, where q(z) is the mean of all their posteriors (Hoffman & Johnson
     2016). Of the first 10,000 images at most. All ranks call it.
     """
-    pixels = pixels[:_MOST_IMAGES]
-    device, n, ranks = pixels.device, len(pixels), accelerator.num_processes
-    images = torch.arange(n, device=device)
-    posteriors = [model.encode(gather(pixels, block)) for block in torch.split(images, _ROWS)]
+    device, n, ranks = images.device, min(_MOST_IMAGES, len(images)), accelerator.num_processes
+    numbers = torch.arange(n, device=device)
+    blocks = torch.split(numbers, rows_at_once(images.shape, _ROWS))
+    posteriors = [model.encode(as_images(images.rows(block))) for block in blocks]
     mean = torch.cat([posterior.mean for posterior in posteriors]).double()
     logvar = torch.cat([posterior.logvar for posterior in posteriors]).double()
     total = torch.zeros((), dtype=torch.float64, device=device)
     key = derive_key(seed, Stream.EVALUATION)
-    for indices in Partition(n, _ROWS * ranks, ranks, _ROWS).of_rank(images, accelerator.process_index).flatten(1):
+    for indices in Partition(n, _ROWS * ranks, ranks, _ROWS).of_rank(numbers, accelerator.process_index).flatten(1):
         mine = indices.clamp(min=0)
         noise = normal(key, indices, model.latent_dim).double()
         latents = mean[mine] + torch.exp(0.5 * logvar[mine]) * noise

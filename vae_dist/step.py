@@ -1,4 +1,4 @@
-"""One optimizer step on the device: gather, forward, backward, sum over ranks, clip, update. It waits for nothing."""
+"""One optimizer step on the device: forward, backward, sum over ranks, clip, update. It waits for nothing."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vae_dist.config import Config
-from vae_dist.data import gather
+from vae_dist.data import as_images, augmented, binary
 from vae_dist.data.order import Partition
 from vae_dist.distributed import sum_over_ranks, tf32
 from vae_dist.gradients import FlatGradients, Gradients, OrderedGradients, SummedGradients
@@ -21,37 +21,43 @@ from vae_dist.replay import Replay
 
 
 class Step:
-    """Steps of a model on training images that lie on its device. All ranks take each step together."""
+    """Steps of a model that lies on its device. All ranks take each step together."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, model: VAE, pixels: Tensor, partition: Partition) -> None:
-        """`pixels` are uint8 (n, *image_shape)."""
-        self._config, self._accelerator, self._model, self._pixels = config, accelerator, model, pixels
+    def __init__(self, config: Config, accelerator: Accelerator, model: VAE, partition: Partition) -> None:
+        self._config, self._accelerator, self._model = config, accelerator, model
         self.laps = Laps(accelerator.device)
         is_recorded = may_be_recorded(config, accelerator)
         self.gradients = build_gradients(config, accelerator, model, partition, self.laps, is_recorded)
         self.optimizer = build_optimizer(config.optimizer, model, is_recorded)
         self.objective = Objective(config.objective, accelerator.device)
-        # Of the pixels drawn anew in an epoch; on the device, like all that a step reads.
-        is_dynamic = config.data.binarize == "dynamic"
-        self._binary_key = torch.zeros((), dtype=torch.int64, device=accelerator.device) if is_dynamic else None
+        # Of what is drawn anew in each epoch; on the device, like all that a step reads.
+        self._keys = {
+            stream: torch.zeros((), dtype=torch.int64, device=accelerator.device)
+            for stream, is_drawn in {
+                Stream.BINARY_EPOCH: config.data.binarize == "dynamic",
+                Stream.AUGMENTATION: config.data.flip or config.data.shift > 0,
+            }.items()
+            if is_drawn
+        }
         self._sums_of = torch.compile(weighted_sums) if config.trainer.compile else weighted_sums
         self._norm: Tensor | None = None
         self._replay = Replay(self._compute, self._all_have) if is_recorded else None
 
     def begin_epoch(self, epoch: int) -> None:
-        if self._binary_key is not None:
-            self._binary_key.fill_(signed(derive_key(self._config.seed, Stream.BINARY_EPOCH, epoch)))
+        for stream, key in self._keys.items():
+            key.fill_(signed(derive_key(self._config.seed, stream, epoch)))
 
-    def __call__(self, indices: Tensor, noise: Tensor, number: int, rate: float) -> Tensor:
-        """Step `number` (from 0) on this rank's images, int64 (rounds, rows), with noise (rounds, rows, …), at a learning rate.
+    def __call__(self, pixels: Tensor, indices: Tensor, noise: Tensor, number: int, rate: float) -> Tensor:
+        """Step `number` (from 0) on this rank's images, at a learning rate.
 
+        They are uint8 (rounds, rows, *image_shape), with their numbers, int64 (rounds, rows), and noise (rounds, rows, …).
         Returns sums over the images of `Terms.columns`, float64, in memory that the next step may overwrite.
         """
         set_learning_rate(self.optimizer, rate)
         self.objective.begin_step(number)
         self.laps.mark("data")
         with tf32() if self._config.trainer.precision == "tf32" else contextlib.nullcontext():
-            sums = (self._replay or self._compute)(indices, noise)
+            sums = (self._replay or self._compute)(pixels, indices, noise)
         self.laps.mark("compute")
         return sums
 
@@ -74,14 +80,14 @@ class Step:
             return self._norm
         return nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
 
-    def _compute(self, indices: Tensor, noise: Tensor) -> Tensor:
+    def _compute(self, pixels: Tensor, indices: Tensor, noise: Tensor) -> Tensor:
         """The same kernels in every step, whatever the images: that is what a CUDA graph can hold."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(self.objective.columns, dtype=torch.float64, device=indices.device)
         rounds = len(indices)
         for i in range(rounds):
             with self.gradients.round(is_last=i == rounds - 1):
-                total += self._forward_backward(indices[i], noise[i])
+                total += self._forward_backward(pixels[i], indices[i], noise[i])
         self._clip()
         if self._accelerator.scaler is None:
             self.optimizer.step()
@@ -90,14 +96,22 @@ class Step:
             self._accelerator.scaler.update()
         return total
 
-    def _forward_backward(self, indices: Tensor, noise: Tensor) -> Tensor:
+    def _forward_backward(self, pixels: Tensor, indices: Tensor, noise: Tensor) -> Tensor:
         """Adds the gradient of the summed objective of some images to .grad; returns their sums."""
-        images = gather(self._pixels, indices, self._binary_key)
+        images = self._prepared(pixels, indices)
         self.laps.mark("data")
         sums = self._sums_of(self.objective, self.gradients.module, self._model.likelihood, images, noise, indices >= 0)
         self._accelerator.backward(minimised(sums))
         self.laps.mark("compute")
         return sums.detach()
+
+    def _prepared(self, pixels: Tensor, indices: Tensor) -> Tensor:
+        """Images as the network takes them, augmented and drawn black and white where that is asked for."""
+        if (key := self._keys.get(Stream.AUGMENTATION)) is not None:
+            pixels = augmented(pixels, indices, key, self._config.data.flip, self._config.data.shift)
+        if (key := self._keys.get(Stream.BINARY_EPOCH)) is not None:
+            return binary(pixels.flatten(1), indices, key).to(torch.float32).view_as(pixels)
+        return as_images(pixels)
 
     def _clip(self) -> None:
         """Undoes fp16's loss scale, and clips where it is asked for."""

@@ -26,7 +26,7 @@ from vae_dist.distributed import (
     start,
     together,
 )
-from vae_dist.evaluate import load_pixels
+from vae_dist.loading import load_images
 from vae_dist.model import build_model
 from vae_dist.options import flat, parse, require_same_run
 from vae_dist.run import RunFolder, State, described_config
@@ -39,13 +39,13 @@ def main(args: list[str] | None = None) -> int:
     accelerator = start(config.trainer, config.data.batch_size)
     require_same(accelerator, lambda: {f"--{name}": str(value) for name, value in flat(config).items() if name != "data.root"})
     mode = from_first_rank(accelerator, lambda: wandb_mode(config))
-    train = load_pixels(config.data, accelerator, train=True)
-    test = load_pixels(config.data, accelerator, train=False, shape=train.shape[1:])
+    train = load_images(config.data, accelerator, train=True)
+    test = load_images(config.data, accelerator, train=False, shape=train.shape)
     run = RunFolder(config.output)
     baseline = from_first_rank(accelerator, lambda: baseline_speed(config))
     try:
         on_first_rank(accelerator, lambda: run.claim(config))
-        model = build_model(config.model, train.shape[1:], config.seed, train)
+        model = build_model(config.model, train.shape, config.seed, train)
         trainer = Trainer(config, accelerator, model, train, test, run)
         source = resume(trainer, accelerator)
         if trainer.is_done() and from_first_rank(accelerator, run.state) == "finished":

@@ -15,7 +15,8 @@ from vae_dist import checkpoint, pictures
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config, InputError, deterministic_rows
 from vae_dist.data import as_images
-from vae_dist.data.order import Partition, epoch_order, even_rows
+from vae_dist.data.images import Images, first_images
+from vae_dist.data.order import Partition, even_rows
 from vae_dist.distributed import TrainingFailed, on_first_rank, sum_over_ranks
 from vae_dist.evaluate import evaluate
 from vae_dist.guards import REMEDY, DriftGuard, divergence
@@ -41,22 +42,22 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 class Trainer:
-    """Trains a model on images that lie on its device. Every method is called by all ranks unless it says otherwise."""
+    """Trains a model on images that come to its device. Every method is called by all ranks unless it says otherwise."""
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, model: VAE, train: Tensor, test: Tensor, run: RunFolder
+        self, config: Config, accelerator: Accelerator, model: VAE, train: Images, test: Images, run: RunFolder
     ) -> None:
-        """`train` and `test` are uint8 (n, *image_shape) on the accelerator's device; `model` is on any."""
+        """`train` and `test` give out their images on the accelerator's device; `model` is on any."""
         self.config = config
         self.accelerator = accelerator
         self.run = run
-        self.train_pixels, self.test_pixels = train, test
+        self.train, self.test = train, test
         ranks, deterministic = accelerator.num_processes, config.trainer.deterministic
         batch = min(config.data.batch_size, len(train))
         rows = deterministic_rows(batch) if deterministic else even_rows(batch, ranks, config.trainer.micro_batch_size)
         self.partition = Partition(len(train), batch, ranks, rows)
         self.model = model.to(accelerator.device)
-        self.step = Step(config, accelerator, self.model, train, self.partition)
+        self.step = Step(config, accelerator, self.model, self.partition)
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
@@ -102,9 +103,9 @@ class Trainer:
             disable=None if self.accelerator.is_main_process else True,
         )
         with bar:
-            for number, (indices, noise) in enumerate(self._batches(epoch, first), start=first + 1):
+            for number, batch in enumerate(self._batches(epoch, first), start=first + 1):
                 is_last = number == self.partition.steps
-                self._train_step(indices, noise)
+                self._train_step(*batch)
                 bar.update()
                 if not is_last and self._log_and_save(epoch, bar):
                     return False
@@ -115,23 +116,29 @@ class Trainer:
         self._end_epoch(epoch)
         return self.is_done() or not stop
 
-    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each step of an epoch from `first` on: this rank's images, (rounds, rows), and their noise, (rounds, rows, …)."""
-        key = derive_key(self.config.seed, Stream.TRAINING, epoch)
-        order = epoch_order(self.config.seed, epoch, len(self.train_pixels), self.accelerator.device)
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each step of an epoch from `first` on: this rank's images, uint8 (rounds, rows, *image_shape), their numbers,
+        (rounds, rows), and their noise, (rounds, rows, …).
+        """
+        order = self.train.order(self.config.seed, epoch)
         steps = self.partition.of_rank(order, self.accelerator.process_index)[first:]
         self.step.begin_epoch(epoch)
+        yield from zip(self.train.stream(steps), steps, self._noise(epoch, steps), strict=True)
+
+    def _noise(self, epoch: int, steps: Tensor) -> Iterator[Tensor]:
+        """The noise of the images of each of some steps, (rounds, rows, …)."""
+        key = derive_key(self.config.seed, Stream.TRAINING, epoch)
         shape = self.step.objective.noise_shape(self.model.latent_dim)
         numbers_per_step = self.partition.rounds * self.partition.rows * math.prod(shape)
         for block in torch.split(steps, max(1, _NOISE_BLOCK // numbers_per_step)):
-            yield from zip(block, normal(key, block, math.prod(shape)).view(*block.shape, *shape), strict=True)
+            yield from normal(key, block, math.prod(shape)).view(*block.shape, *shape)
 
-    def _train_step(self, indices: Tensor, noise: Tensor) -> None:
-        """One optimizer step on images (rounds, rows). It waits for nothing: figures stay on the device."""
+    def _train_step(self, pixels: Tensor, indices: Tensor, noise: Tensor) -> None:
+        """One optimizer step. It waits for nothing: figures stay on the device."""
         done = self.progress.step
         is_known = self.accelerator.num_processes > 1 and self.accelerator.scaler is None  # fp16 gradients are scaled
         self.step.gradients.is_watched = is_known and self._is_row_due(done + 1)
-        self._sums[done - self._reduced_step] = self.step(indices, noise, done, self._rate(done))
+        self._sums[done - self._reduced_step] = self.step(pixels, indices, noise, done, self._rate(done))
         self.progress.step += 1
 
     def _rate(self, step: int) -> float:
@@ -207,7 +214,7 @@ class Trainer:
         self.epoch_speeds.append(speed["images_per_second"])
         train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | speed
         start = time.perf_counter()
-        found = evaluate(self.model, self.test_pixels, self.config.seed, self.accelerator)
+        found = evaluate(self.model, self.test, self.config.seed, self.accelerator)
         self._require_finite(math.isfinite(found.sums.bce + found.sums.kld), "the test loss")
         times = {"test_seconds": round(time.perf_counter() - start, 3)}
         test = self._row("test", epoch, found.sums) | {"kld_per_dim": found.kld_per_dim} | times
@@ -217,7 +224,7 @@ class Trainer:
 
     def _record_epoch(self, epoch: int, train: Row, test: Row) -> None:
         """Rank zero only."""
-        images = as_images(self.test_pixels[: pictures.RECONSTRUCTIONS])
+        images = as_images(first_images(self.test, pictures.RECONSTRUCTIONS))
         reconstructions = pictures.reconstructions(self.model, images)
         samples = pictures.samples(self.model, pictures.SAMPLES, self.config.seed)
         pictures.save_png(self.run.images / f"reconstruction_{epoch}.png", reconstructions)
@@ -264,9 +271,9 @@ class Trainer:
         except checkpoint.Damaged as error:
             raise InputError(f"{folder}: damaged: {error}") from None
         progress = unpack(saved, folder, self.model, self.step.optimizer, self.accelerator.scaler)
-        if progress.images != len(self.train_pixels):
+        if progress.images != len(self.train):
             raise InputError(
-                f"{folder}: trained on {progress.images} images, but there are {len(self.train_pixels)} in "
+                f"{folder}: trained on {progress.images} images, but there are {len(self.train)} in "
                 f"--data.root {self.config.data.root}"
             )
         self.progress = progress

@@ -1,4 +1,4 @@
-"""The data sets by name: found under a folder, downloaded where they are missing, and read once into uint8 tensors."""
+"""The data sets by name: found under a folder, downloaded where they are missing, and read."""
 
 import socket
 import threading
@@ -8,21 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from vae_dist.config import DataConfig, InputError
 from vae_dist.data import glyphs
 from vae_dist.data.idx import read_idx
+from vae_dist.data.images import Images, Resident
 
 _STALL_SECONDS = 60.0  # without a byte from a server that answered
 _PROBE_SECONDS = 6.0  # for a first answer of the servers; a missing network must not cost more
-
-
-class Images(NamedTuple):
-    """A labelled set of images."""
-
-    pixels: Tensor  # uint8 (n, channels, height, width)
-    labels: Tensor  # int64 (n,)
 
 
 class _IdxSet(NamedTuple):
@@ -47,7 +40,7 @@ def load(config: DataConfig, train: bool) -> Images:
     """The training or the test images. Raises InputError where they are missing, damaged or empty."""
     if config.name == "glyphs":
         start, stop = (0, glyphs.TRAIN_IMAGES) if train else (glyphs.TRAIN_IMAGES, glyphs.TRAIN_IMAGES + glyphs.TEST_IMAGES)
-        return Images(*glyphs.draw(start, stop))
+        return Resident(*glyphs.draw(start, stop))
     if config.name == "cifar10":
         return _load_cifar10(Path(config.root), train)
     return _load_idx(_IDX_SETS[config.name], Path(config.root), train)
@@ -104,17 +97,17 @@ def _find(kind: _IdxSet, root: Path, file: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _load_idx(kind: _IdxSet, root: Path, train: bool) -> Images:
+def _load_idx(kind: _IdxSet, root: Path, train: bool) -> Resident:
     paths = [_find(kind, root, file) or root / file for file in _idx_names(kind.train if train else kind.test)]
     pixels, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
     if len(pixels) != len(labels):
         raise InputError(f"{paths[0]} has {len(pixels)} images, but {paths[1]} has {len(labels)} labels; fetch both again")
     if kind.transposed:
         pixels = pixels.transpose(1, 2)
-    return Images(pixels.unsqueeze(1).contiguous(), labels.long())
+    return Resident(pixels.unsqueeze(1).contiguous(), labels.long())
 
 
-def _load_cifar10(root: Path, train: bool) -> Images:
+def _load_cifar10(root: Path, train: bool) -> Resident:
     from torchvision import datasets  # costs seconds: only where it is needed
 
     try:
@@ -122,7 +115,7 @@ def _load_cifar10(root: Path, train: bool) -> Images:
         data = datasets.CIFAR10(str(root), train=train)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{root / _CIFAR_FOLDER}: not the published CIFAR-10 ({error}); fetch it again") from None
-    return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
+    return Resident(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
 
 
 def _any_answers(urls: list[str]) -> bool:

@@ -1,0 +1,146 @@
+"""Sets of images, each known by its number: in the device's memory, or on the host and fetched ahead of the step."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from vae_dist.data import binarized, white
+from vae_dist.data.order import epoch_order
+
+_FETCHERS = 2  # threads
+_STEPS_AHEAD = 8  # enough for a slow fetch now and then; memory stays that of so many batches
+_BLOCK = 2048
+
+
+class Images(ABC):
+    """uint8 images in 0 … 255, all of one shape."""
+
+    shape: tuple[int, ...]  # channels, height, width
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A SHA-256, in hex, of all that the set holds."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> "Images":
+        """The same images, given out on another device."""
+
+    @abstractmethod
+    def binarized(self, key: int) -> "Images":
+        """The same images made black and white once, by `vae_dist.data.binary`."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Tensor:
+        """The images with some numbers, int64 of any shape: uint8 (*indices.shape, *shape) on the device.
+
+        A filler gets the first image.
+        """
+
+    def stream(self, steps: Tensor) -> Iterator[Tensor]:
+        """`rows` of each of some steps, int64 (steps, …), one after the other."""
+        return map(self.rows, steps)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The order in which an epoch of training takes them, int64 (n,), on the device."""
+        return epoch_order(seed, epoch, len(self), self.device)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All images by their numbers, some at a time."""
+        return map(self.rows, torch.split(torch.arange(len(self), device=self.device), _BLOCK))
+
+
+class Resident(Images):
+    """Images in the memory of the device."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor | None = None) -> None:
+        """`pixels` are uint8 (n, *shape), `labels` int64 (n,)."""
+        self.pixels, self.labels = pixels, labels
+        self.shape, self.device = tuple(pixels.shape[1:]), pixels.device
+        # Rows of two dimensions: index_select copies those twice as fast as advanced indexing does images.
+        self._rows = pixels.flatten(1)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.pixels.cpu().numpy().data).hexdigest()
+
+    def to(self, device: torch.device) -> "Resident":
+        return Resident(self.pixels.to(device), self.labels)
+
+    def binarized(self, key: int) -> "Resident":
+        return Resident(binarized(self.pixels, key), self.labels)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        return self._rows.index_select(0, indices.flatten().clamp(min=0)).view(*indices.shape, *self.shape)
+
+
+def first_images(images: Images, n: int) -> Tensor:
+    """The first `n` images, or all where there are fewer: uint8 (n, *shape)."""
+    return images.rows(torch.arange(min(n, len(images)), device=images.device))
+
+
+class HostImages(Images):
+    """Images that stay on the host or on its disk; threads fetch those of the next steps."""
+
+    @abstractmethod
+    def fetch(self, indices: Tensor) -> Tensor:
+        """The images with some numbers, int64 (n,): uint8 (n, *shape), both on the host. Called by several threads."""
+
+    def to(self, device: torch.device) -> "HostImages":
+        self.device = device
+        return self
+
+    def binarized(self, key: int) -> "HostImages":
+        return _Binarized(self, key)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        return self._on_device(self._fetched(indices.cpu()))
+
+    def stream(self, steps: Tensor) -> Iterator[Tensor]:
+        pool, ahead = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch"), deque[Future[Tensor]]()
+        try:
+            for indices in steps.cpu():
+                ahead.append(pool.submit(self._fetched, indices))
+                if len(ahead) > _STEPS_AHEAD:
+                    yield self._on_device(ahead.popleft().result())
+            while ahead:
+                yield self._on_device(ahead.popleft().result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _fetched(self, indices: Tensor) -> Tensor:
+        found = self.fetch(indices.flatten().clamp(min=0)).view(*indices.shape, *self.shape)
+        return found.pin_memory() if self.device.type == "cuda" else found
+
+    def _on_device(self, found: Tensor) -> Tensor:
+        return found.to(self.device, non_blocking=True)
+
+
+class _Binarized(HostImages):
+    """Made black and white when they are fetched."""
+
+    def __init__(self, grey: HostImages, key: int) -> None:
+        self._grey, self._key = grey, key
+        self.shape, self.device = grey.shape, grey.device
+
+    def __len__(self) -> int:
+        return len(self._grey)
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self._grey.digest()} {self._key}".encode()).hexdigest()
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        return white(self._grey.fetch(indices), indices, self._key)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        return self._grey.order(seed, epoch)
