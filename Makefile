@@ -53,8 +53,8 @@ train-multi-gpu: setup ## train in one process per visible GPU; without GPUs on 
 	exec $(BIN)/accelerate launch --config_file launch/$$([ $$processes -gt 1 ] && echo multi || echo one)_gpu.yaml \
 		--num_processes $$processes $(TRAIN) --output $(MULTI_OUTPUT) $(ARGS)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest
+test: setup ## run the tests, some at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_DATA=DIR must have MNIST/raw)
 	$(BIN)/python -m pytest -m slow tests/test_mnist.py -o addopts="--strict-markers --strict-config"

@@ -106,7 +106,8 @@ def test_a_checkpoint_loads_too(trained: Path) -> None:
     assert not torch.equal(final, first)
 
 
-def test_evaluate_prints_and_writes_the_figures_of_the_last_epoch(trained: Path, command: Command) -> None:
+def test_evaluate_prints_and_writes_the_figures_of_the_last_epoch(trained: Path, command: Command, tmp_path: Path) -> None:
+    trained = Path(shutil.copytree(trained, tmp_path / "run"))
     outcome = command("evaluate", trained)
     assert outcome.status == 0
     last = next(row for row in reversed(records(trained)) if row["split"] == "test")
