@@ -23,6 +23,7 @@ ORDER = [
     "model",
     "objective",
     "optimizer",
+    "averaging",
     "distributed",
     "shared_memory",
     "pace",

@@ -135,6 +135,9 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Of adamw: in each step weights lose this share, times the learning rate; biases and scales do not (Loshchilov & Hutter
     2019)."""
+    ema: float = 0.0
+    """Decay of an average of the weights over steps, such as 0.999, after a warm-up; 0: none. Test figures, pictures and the
+    final weights are then the average's."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < float("inf"), "--optimizer.lr", self.lr, "a positive number")
@@ -146,6 +149,7 @@ class OptimizerConfig:
         decay, wanted = self.weight_decay, "0: only --optimizer.kind adamw decays weights"
         _require(0 <= decay < float("inf"), "--optimizer.weight_decay", decay, "a number of 0 or more")
         _require(self.kind == "adamw" or decay == 0, "--optimizer.weight_decay", decay, wanted)
+        _require(0 <= self.ema < 1, "--optimizer.ema", self.ema, "in [0, 1); 0 is no average")
 
 
 @dataclass(frozen=True)
