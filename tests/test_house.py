@@ -24,6 +24,7 @@ ORDER = [
     "model",
     "objective",
     "optimizer",
+    "averaging",
     "distributed",
     "loading",
     "shared_memory",
