@@ -17,6 +17,7 @@ class InputError(ValueError):
 def _require(condition: bool, flag: str, value: object, wanted: str) -> None:
     if not condition:
         shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+        shown = str(value).lower() if isinstance(value, bool) else shown
         raise InputError(f"{flag} {shown}: must be {wanted}")
 
 
@@ -42,20 +43,45 @@ class DataConfig:
         _require(0 <= self.shift < 1 << 15, "--data.shift", self.shift, "0 or more pixels, as many as images may have")
 
 
+_FIELDS_OF_KINDS = {
+    "hidden": ["mlp"],
+    "activation": ["mlp", "conv"],
+    "channels": ["conv", "resnet"],
+    "halvings": ["conv", "resnet"],
+    "latent": ["conv", "resnet"],
+    "blocks": ["resnet"],
+    "attention": ["resnet"],
+    "recompute": ["resnet"],
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network."""
 
-    kind: Literal["mlp"] = "mlp"
-    """Architecture of encoder and decoder."""
+    kind: Literal["mlp", "conv", "resnet"] = "mlp"
+    """Architecture of encoder and decoder: fully connected, strided convolutions, or residual blocks with GroupNorm."""
     hidden: tuple[int, ...] = (400,)
-    """Widths of the encoder's hidden layers; the decoder has them in reverse."""
+    """Of mlp: widths of the encoder's hidden layers; the decoder has them in reverse."""
     latent_dim: int = 20
     """Dimensions of the latent."""
-    activation: Literal["relu", "tanh"] = "relu"
-    """Between the layers."""
+    activation: Literal["relu", "tanh", "silu"] = "relu"
+    """Between the layers. resnet has silu always."""
+    channels: int = 32
+    """Of conv and resnet: maps of the first convolution; each halving after it doubles them, up to 8 times as many."""
+    halvings: int | None = None
+    """Of conv and resnet: how often the resolution is halved. None: until the images' shorter side is 4 to 7 pixels."""
+    latent: Literal["vector", "spatial"] = "vector"
+    """Of conv and resnet: a vector, or maps of the lowest resolution, of whose positions latent_dim must be a multiple."""
+    blocks: int = 1
+    """Of resnet: residual blocks at each resolution, in the encoder and in the decoder."""
+    attention: int = 0
+    """Of resnet: self-attention after each block where both sides are at most so many pixels. 0: nowhere."""
+    recompute: bool = False
+    """Of resnet: the backward pass computes each block again rather than keep it: the same bits, less memory, more time."""
     output_bias: Literal["random", "data"] = "random"
-    """Start of the decoder's last bias: random as torch has it, or the log-odds of the training images' mean, by pixel."""
+    """Start of the decoder's last bias: as the others, or the log-odds of the training images' mean: by pixel in mlp, else
+    by channel."""
     likelihood: Literal["bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic"] = "bernoulli"
     """p(x|z) of a pixel value. bernoulli is a log-likelihood only of images that `data.binarize` made black and white."""
     sigma: float | Literal["learned", "optimal"] = "learned"
@@ -66,6 +92,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(all(width >= 1 for width in self.hidden), "--model.hidden", self.hidden, "widths of at least 1")
         _require(self.latent_dim >= 1, "--model.latent_dim", self.latent_dim, "at least 1")
+        _require(self.channels >= 1, "--model.channels", self.channels, "at least 1")
+        halvings = self.halvings
+        _require(halvings is None or halvings >= 1, "--model.halvings", halvings, "at least 1, or none")
+        _require(1 <= self.blocks <= 100, "--model.blocks", self.blocks, "at least 1, and at most 100")
+        _require(self.attention >= 0, "--model.attention", self.attention, "0 or more")
+        for name, kinds in _FIELDS_OF_KINDS.items():
+            value, default = getattr(self, name), getattr(ModelConfig, name)
+            wanted = f"left out: it is for --model.kind {' and '.join(kinds)} alone"
+            _require(value == default or self.kind in kinds, f"--model.{name}", value, wanted)
         is_number = not isinstance(self.sigma, str)
         wanted = "a positive number, learned or optimal"
         _require(not is_number or 0 < float(self.sigma) < float("inf"), "--model.sigma", self.sigma, wanted)
@@ -115,7 +150,7 @@ class ObjectiveConfig:
         _require(not is_bound or self.anneal == "none", "--objective.anneal", self.anneal, wanted.format("none"))
         _require(not is_bound or self.free_bits == 0, "--objective.free_bits", self.free_bits, wanted.format(0))
         doubly, wanted = self.doubly_reparameterized, "false: it is a gradient of --objective.kind iwae"
-        _require(is_bound or not doubly, "--objective.doubly_reparameterized", str(doubly).lower(), wanted)
+        _require(is_bound or not doubly, "--objective.doubly_reparameterized", doubly, wanted)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ FREE_FIELDS = frozenset(
         "output",
         "resume",
         "data.root",
+        "model.recompute",
         "trainer.epochs",
         "trainer.cuda_graph",
         "trainer.compile",
