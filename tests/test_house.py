@@ -52,6 +52,7 @@ ORDER = [
     "check",
     "verify",
     "generate",
+    "pack",
 ]
 
 PACKAGE = Path(vae_dist.__file__).parent
