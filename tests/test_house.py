@@ -16,6 +16,7 @@ ORDER = [
     "noise",
     "checkpoint",
     "data.glyphs",
+    "data.colour_glyphs",
     "data.idx",
     "data.order",
     "data.images",

@@ -24,9 +24,12 @@ def _require(condition: bool, flag: str, value: object, wanted: str) -> None:
 class DataConfig:
     """Images and batches."""
 
-    name: Literal["mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "glyphs"] = "mnist"
-    """Data set. `glyphs` is embedded; `folder` is any folder of JPEG, PNG and WebP pictures, `packed` one that
-    `python -m vae_dist.pack` wrote; the others are read from `root`, or, but for celeba, downloaded to it where missing."""
+    name: Literal[
+        "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "glyphs", "glyphs64"
+    ] = "mnist"
+    """Data set. `glyphs` (grey) and `glyphs64` (colour) are embedded; `folder` is any folder of JPEG, PNG and WebP pictures,
+    `packed` one that `python -m vae_dist.pack` wrote. The others are read from `root`, or downloaded to it where they are
+    missing, but for celeba."""
     root: str = "data"
     """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not); of `folder` and `packed`, that
     very folder."""
@@ -185,7 +188,7 @@ class TrainerConfig:
     check_ranks_every: int | None = None
     """Steps between two comparisons of all processes' weights and optimizer state, bit by bit. None: before each save."""
     timeout_minutes: float = 10.0
-    """How long a process waits for the others before the run fails. More than they may take to download the data set."""
+    """How long a process waits for the others before the run fails. More than they take to fetch the data set, or decode it."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "--trainer.epochs", self.epochs, "at least 1")
