@@ -46,6 +46,7 @@ def test_every_recipe_parses_and_says_what_it_is(recipe: Path) -> None:
         Config(output="x", seed=7, data=DataConfig(name="glyphs", batch_size=1)),
         Config(model=ModelConfig(hidden=()), optimizer=OptimizerConfig(lr=3e-7, clip_norm=1.5, betas=(0.0, 0.5))),
         Config(trainer=TrainerConfig(precision="bf16", micro_batch_size=64, deterministic=True)),
+        Config(optimizer=OptimizerConfig(kind="adamw", weight_decay=0.05, ema=0.999)),
         Config(model=ModelConfig(likelihood="gaussian", sigma=0.25)),
         Config(objective=ObjectiveConfig(beta=0.5, anneal="cyclical", anneal_steps=9, free_bits=0.1, free_bits_per="group")),
         Config(model=ModelConfig(likelihood="gaussian", sigma="optimal"), objective=ObjectiveConfig(kind="iwae", samples=5)),
@@ -76,6 +77,11 @@ def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> 
         (["--optimizer.lr", "-1"], ["--optimizer.lr -1"]),
         (["--optimizer.betas", "0.9", "1"], ["--optimizer.betas 0.9 1"]),
         (["--optimizer.clip_norm", "0"], ["--optimizer.clip_norm 0"]),
+        (["--optimizer.ema", "1"], ["--optimizer.ema 1.0", "in [0, 1)"]),
+        (["--optimizer.ema", "-0.1"], ["--optimizer.ema -0.1"]),
+        (["--optimizer.weight_decay", "0.1"], ["--optimizer.weight_decay 0.1", "--optimizer.kind adamw"]),
+        (["--optimizer.weight_decay", "0.1", "--optimizer.kind", "sgd"], ["--optimizer.weight_decay 0.1", "adamw"]),
+        (["--optimizer.weight_decay", "-1", "--optimizer.kind", "adamw"], ["--optimizer.weight_decay -1", "0 or more"]),
         (["--trainer.micro_batch_size", "0"], ["--trainer.micro_batch_size 0"]),
         (["--model.sigma", "0", "--model.likelihood", "gaussian"], ["--model.sigma 0", "a positive number"]),
         (["--model.sigma", "0.5"], ["--model.sigma 0.5", "--model.likelihood gaussian"]),
@@ -193,6 +199,7 @@ def test_differences_name_what_changes_a_runs_meaning() -> None:
 def test_a_config_from_before_a_field_was_there_has_its_default() -> None:
     old = to_mapping(Config(seed=4))
     del old["objective"], old["data"]["binarize"]
+    del old["optimizer"]["weight_decay"], old["optimizer"]["ema"]
     for name in ("activation", "output_bias", "likelihood", "sigma", "mixtures"):
         del old["model"][name]
     assert from_mapping(old, "here") == Config(seed=4)

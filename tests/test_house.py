@@ -30,6 +30,7 @@ ORDER = [
     "model",
     "objective",
     "optimizer",
+    "averaging",
     "distributed",
     "loading",
     "shared_memory",

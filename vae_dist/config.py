@@ -142,7 +142,7 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """The optimizer and its schedule, counted in optimizer steps."""
 
-    kind: Literal["adam", "sgd"] = "adam"
+    kind: Literal["adam", "adamw", "sgd"] = "adam"
     """Update rule. The gradient is that of a sum over the global batch, which matters to sgd."""
     lr: float = 1e-3
     """Peak learning rate."""
@@ -157,6 +157,12 @@ class OptimizerConfig:
     """Steps over which the learning rate first rises linearly to its peak."""
     clip_norm: float | None = None
     """Largest L2 norm of the gradient of the summed loss; larger ones are scaled down to it."""
+    weight_decay: float = 0.0
+    """Of adamw: in each step weights lose this share, times the learning rate; biases and scales do not (Loshchilov & Hutter
+    2019)."""
+    ema: float = 0.0
+    """Decay of an average of the weights over steps, such as 0.999, after a warm-up; 0: none. Test figures, pictures and the
+    final weights are then the average's."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < float("inf"), "--optimizer.lr", self.lr, "a positive number")
@@ -165,6 +171,10 @@ class OptimizerConfig:
         _require(self.warmup_steps >= 0, "--optimizer.warmup_steps", self.warmup_steps, "0 or more")
         clip = self.clip_norm
         _require(clip is None or 0 < clip < float("inf"), "--optimizer.clip_norm", clip, "a positive number, or none")
+        decay, wanted = self.weight_decay, "0: only --optimizer.kind adamw decays weights"
+        _require(0 <= decay < float("inf"), "--optimizer.weight_decay", decay, "a number of 0 or more")
+        _require(self.kind == "adamw" or decay == 0, "--optimizer.weight_decay", decay, wanted)
+        _require(0 <= self.ema < 1, "--optimizer.ema", self.ema, "in [0, 1); 0 is no average")
 
 
 @dataclass(frozen=True)
