@@ -14,10 +14,16 @@ ORDER = [
     "config",
     "options",
     "noise",
+    "checkpoint",
     "data.glyphs",
+    "data.colour_glyphs",
     "data.idx",
     "data.order",
     "data.images",
+    "data.photos",
+    "data.folder",
+    "data.packed",
+    "data.packing",
     "data.sources",
     "likelihoods",
     "convolutions",
@@ -32,7 +38,6 @@ ORDER = [
     "pace",
     "noise_scale",
     "gradients",
-    "checkpoint",
     "run",
     "pictures",
     "wandb_file",
@@ -50,6 +55,7 @@ ORDER = [
     "check",
     "verify",
     "generate",
+    "pack",
 ]
 
 PACKAGE = Path(vae_dist.__file__).parent

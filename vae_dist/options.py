@@ -23,6 +23,7 @@ FREE_FIELDS = frozenset(
         "output",
         "resume",
         "data.root",
+        "data.unreadable",
         "model.recompute",
         "trainer.epochs",
         "trainer.cuda_graph",
