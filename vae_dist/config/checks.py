@@ -1,0 +1,12 @@
+"""What is said of values that cannot be right."""
+
+
+class InputError(ValueError):
+    """Bad configuration or data. Entry points print it once, without a traceback, and exit with status 2."""
+
+
+def require(condition: bool, flag: str, value: object, wanted: str) -> None:
+    if not condition:
+        shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+        shown = str(value).lower() if isinstance(value, bool) else shown
+        raise InputError(f"{flag} {shown}: must be {wanted}")
