@@ -14,10 +14,15 @@ ORDER = [
     "config",
     "options",
     "noise",
+    "checkpoint",
     "data.glyphs",
     "data.idx",
     "data.order",
     "data.images",
+    "data.photos",
+    "data.folder",
+    "data.packed",
+    "data.packing",
     "data.sources",
     "networks",
     "likelihoods",
@@ -30,7 +35,6 @@ ORDER = [
     "pace",
     "noise_scale",
     "gradients",
-    "checkpoint",
     "run",
     "pictures",
     "wandb_file",
@@ -48,6 +52,7 @@ ORDER = [
     "check",
     "verify",
     "generate",
+    "pack",
 ]
 
 PACKAGE = Path(vae_dist.__file__).parent

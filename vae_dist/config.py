@@ -24,10 +24,21 @@ def _require(condition: bool, flag: str, value: object, wanted: str) -> None:
 class DataConfig:
     """Images and batches."""
 
-    name: Literal["mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "glyphs"] = "mnist"
-    """Data set. `glyphs` is embedded; the others are read from `root`, or downloaded to it where they are missing."""
+    name: Literal["mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "glyphs"] = "mnist"
+    """Data set. `glyphs` is embedded; `folder` is any folder of JPEG, PNG and WebP pictures, `packed` one that
+    `python -m vae_dist.pack` wrote; the others are read from `root`, or, but for celeba, downloaded to it where missing."""
     root: str = "data"
-    """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not)."""
+    """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not); of `folder` and `packed`, that
+    very folder."""
+    image_size: int | None = None
+    """Of folder and celeba: the pictures' middle squares are resized to so many pixels a side. None: 64."""
+    channels: Literal[1, 3] = 3
+    """Of folder and celeba: 1 for grey, 3 for colour."""
+    test_share: float = 0.1
+    """Of folder, where its pictures are not in folders train and test (or val): the share for testing, drawn by file name, so
+    that a new file moves no other."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """Of folder and celeba: what to do where files are no whole pictures. All are found, and listed, before any step."""
     batch_size: int = 128
     """Images of one optimizer step, over all processes (the global batch)."""
     binarize: Literal["none", "static", "dynamic"] = "none"
@@ -38,6 +49,12 @@ class DataConfig:
     """Move training images by up to so many pixels along each axis, drawn anew in each epoch; their edges are repeated."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "test_share", "unreadable"):
+            names, value = ("folder",) if name == "test_share" else ("folder", "celeba"), getattr(self, name)
+            wanted = f"left out: only --data.name {' or '.join(names)} has it; the images of {self.name} are as they are"
+            _require(self.name in names or value == getattr(type(self), name), f"--data.{name}", value, wanted)
+        _require(self.image_size is None or self.image_size >= 1, "--data.image_size", self.image_size, "at least 1, or none")
+        _require(0 < self.test_share < 1, "--data.test_share", self.test_share, "between 0 and 1")
         _require(self.batch_size >= 1, "--data.batch_size", self.batch_size, "at least 1")
         _require(0 <= self.shift < 1 << 15, "--data.shift", self.shift, "0 or more pixels, as many as images may have")
 

@@ -23,6 +23,7 @@ FREE_FIELDS = frozenset(
         "output",
         "resume",
         "data.root",
+        "data.unreadable",
         "trainer.epochs",
         "trainer.cuda_graph",
         "trainer.compile",

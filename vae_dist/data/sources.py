@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 
 from vae_dist.config import DataConfig, InputError
-from vae_dist.data import glyphs
+from vae_dist.data import glyphs, packing
 from vae_dist.data.idx import read_idx
 from vae_dist.data.images import Images, Resident
+from vae_dist.data.packed import Packed
 
 _STALL_SECONDS = 60.0  # without a byte from a server that answered
 _PROBE_SECONDS = 6.0  # for a first answer of the servers; a missing network must not cost more
@@ -41,18 +42,23 @@ def load(config: DataConfig, train: bool) -> Images:
     if config.name == "glyphs":
         start, stop = (0, glyphs.TRAIN_IMAGES) if train else (glyphs.TRAIN_IMAGES, glyphs.TRAIN_IMAGES + glyphs.TEST_IMAGES)
         return Resident(*glyphs.draw(start, stop))
+    if config.name in ("folder", "celeba", "packed"):
+        home = Path(config.root) if config.name == "packed" else packing.cache_folder(config)
+        return Packed(home / ("train" if train else "test"))
     if config.name == "cifar10":
         return _load_cifar10(Path(config.root), train)
     return _load_idx(_IDX_SETS[config.name], Path(config.root), train)
 
 
 def fetch_missing(config: DataConfig) -> None:
-    """Downloads the data set with torchvision where it is not under the root. Run by one process of each machine.
+    """Downloads the data set with torchvision where it is not under the root, or decodes it where it is a folder of pictures.
 
-    Raises InputError, within 15 seconds where there is no network, with the ways out.
+    Run by one process of each machine. Raises InputError, within 15 seconds where there is no network, with the ways out.
     """
+    if config.name in ("folder", "celeba"):
+        packing.prepare(config)
     root = Path(config.root)
-    if config.name == "glyphs" or not (missing := _missing(config.name, root)):
+    if config.name in ("glyphs", "folder", "celeba", "packed") or not (missing := _missing(config.name, root)):
         return
     from torchvision import datasets  # costs seconds: only where it is needed
 
