@@ -14,6 +14,10 @@ class InputError(ValueError):
     """Bad configuration or data. Entry points print it once, without a traceback, and exit with status 2."""
 
 
+class ImagesLost(RuntimeError):
+    """Images that were there when a run began cannot be had any more. Only some ranks may find it."""
+
+
 def _require(condition: bool, flag: str, value: object, wanted: str) -> None:
     if not condition:
         shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
@@ -24,12 +28,15 @@ def _require(condition: bool, flag: str, value: object, wanted: str) -> None:
 class DataConfig:
     """Images and batches."""
 
-    name: Literal["mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "glyphs"] = "mnist"
+    name: Literal["mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "stream", "glyphs"] = (
+        "mnist"
+    )
     """Data set. `glyphs` is embedded; `folder` is any folder of JPEG, PNG and WebP pictures, `packed` one that
-    `python -m vae_dist.pack` wrote; the others are read from `root`, or, but for celeba, downloaded to it where missing."""
+    `python -m vae_dist.pack` wrote, `stream` the same in a bucket; the others are read from `root`, or, but for celeba,
+    downloaded to it where missing."""
     root: str = "data"
     """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not); of `folder` and `packed`, that
-    very folder."""
+    very folder; of `stream`, s3://bucket/prefix, or a folder whose files are to be read one after the other."""
     image_size: int | None = None
     """Of folder and celeba: the pictures' middle squares are resized to so many pixels a side. None: 64."""
     channels: Literal[1, 3] = 3
@@ -39,6 +46,8 @@ class DataConfig:
     that a new file moves no other."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """Of folder and celeba: what to do where files are no whole pictures. All are found, and listed, before any step."""
+    cache_gb: float = 20.0
+    """Of stream: disk space of a machine for fetched shards, 10^9 bytes, in the folder that LITDATA_CACHE_DIR names, if any."""
     batch_size: int = 128
     """Images of one optimizer step, over all processes (the global batch)."""
     binarize: Literal["none", "static", "dynamic"] = "none"
@@ -55,6 +64,9 @@ class DataConfig:
             _require(self.name in names or value == getattr(type(self), name), f"--data.{name}", value, wanted)
         _require(self.image_size is None or self.image_size >= 1, "--data.image_size", self.image_size, "at least 1, or none")
         _require(0 < self.test_share < 1, "--data.test_share", self.test_share, "between 0 and 1")
+        _require(0 < self.cache_gb < float("inf"), "--data.cache_gb", self.cache_gb, "a positive number")
+        wanted = "left out: only --data.name stream has a cache of shards"
+        _require(self.name == "stream" or self.cache_gb == type(self).cache_gb, "--data.cache_gb", self.cache_gb, wanted)
         _require(self.batch_size >= 1, "--data.batch_size", self.batch_size, "at least 1")
         _require(0 <= self.shift < 1 << 15, "--data.shift", self.shift, "0 or more pixels, as many as images may have")
 

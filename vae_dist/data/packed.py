@@ -11,9 +11,10 @@ import math
 import mmap
 import resource
 import struct
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from vae_dist.checkpoint import write_atomically
 from vae_dist.config import InputError
 from vae_dist.data.images import HostImages
+
+Mapped: TypeAlias = "np.ndarray[Any, Any]"  # images, (n,) of void
 
 FORMAT = 1
 INDEX = "index.json"
@@ -139,7 +142,7 @@ def _digest(index: Index) -> str:
 def verify(folder: Path, index: Index) -> None:
     """Reads all shards. Raises InputError, naming the first that is not what was written."""
     for shard in tqdm(index.shards, desc=f"verifying {folder}", unit="file", leave=False, disable=None):
-        _require_size(folder, shard)
+        require_size(folder, shard)
         if sha256_of(folder / shard.filename) != shard.sha256:
             raise InputError(f"{folder / shard.filename}: damaged: its SHA-256 is not the one in {INDEX}; {_REMEDY}")
 
@@ -152,7 +155,7 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _require_size(folder: Path, shard: Shard) -> None:
+def require_size(folder: Path, shard: Shard) -> None:
     file = folder / shard.filename
     try:
         size = file.stat().st_size
@@ -163,18 +166,17 @@ def _require_size(folder: Path, shard: Shard) -> None:
         raise InputError(f"{file}: {state}: it has {size} bytes, {INDEX} promises {shard.bytes}; {_REMEDY}")
 
 
-class Packed(HostImages):
-    """A folder of shards, mapped: its images take no memory but what the system lends to files, shared by all processes."""
+class Sharded(HostImages):
+    """Images of an index, wherever its shards are."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises InputError where index or shards are missing, or have not the sizes that were written."""
-        self._index = read_index(folder)
-        self.shape, self._image_bytes = self._index.shape, math.prod(self._index.shape)
-        for shard in self._index.shards:
-            _require_size(folder, shard)
-        _allow_open_files(len(self._index.shards))
-        self._shards = [self._mapped(folder / shard.filename, shard.images) for shard in self._index.shards]
-        self._ends = np.cumsum([shard.images for shard in self._index.shards])
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self.shape, self._image_bytes = index.shape, math.prod(index.shape)
+        self._ends = np.cumsum([shard.images for shard in index.shards])
+
+    @abstractmethod
+    def shard(self, number: int) -> Mapped:
+        """The images of a shard."""
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -190,15 +192,30 @@ class Packed(HostImages):
         rows = found.view(f"V{self._image_bytes}")[:, 0]  # whole images as single values: numpy copies those fastest
         of_shard, begins = np.unique(shards[order], return_index=True)
         for shard, where in zip(of_shard.tolist(), np.split(order, begins[1:]), strict=True):
-            rows[where] = self._shards[shard][numbers[where] - self._ends[shard]]  # counted from the shard's end
+            rows[where] = self.shard(shard)[numbers[where] - self._ends[shard]]  # counted from the shard's end
         return torch.from_numpy(found).view(-1, *self.shape)
 
-    def _mapped(self, file: Path, images: int) -> "np.ndarray[Any, Any]":
-        """The images of a shard, (images,) of void, each at its place in the file."""
-        with file.open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        size = self._image_bytes
-        return np.ndarray((images,), f"V{size}", mapped, offset=_first_item(images) + 4, strides=(4 + size,))
+
+class Packed(Sharded):
+    """A folder of shards, mapped: its images take no memory but what the system lends to files, shared by all processes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises InputError where index or shards are missing, or have not the sizes that were written."""
+        super().__init__(read_index(folder))
+        for shard in self._index.shards:
+            require_size(folder, shard)
+        _allow_open_files(len(self._index.shards))
+        self._shards = [mapped(folder / shard.filename, shard.images, self._image_bytes) for shard in self._index.shards]
+
+    def shard(self, number: int) -> Mapped:
+        return self._shards[number]
+
+
+def mapped(file: Path, images: int, image_bytes: int) -> Mapped:
+    """The images of a shard, each at its place in the file."""
+    with file.open("rb") as stream:
+        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.ndarray((images,), f"V{image_bytes}", content, offset=_first_item(images) + 4, strides=(4 + image_bytes,))
 
 
 def _allow_open_files(shards: int) -> None:
