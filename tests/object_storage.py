@@ -59,6 +59,7 @@ class Way:
     def __init__(self, server: Server) -> None:
         self._server = server
         self.shards: list[str] = []  # what was asked for
+        self.whole: list[str] = []  # what was given
         self.fault: Callable[[int], str | float] = lambda number: 0.0
         self.port = 0
         self.open()
@@ -100,8 +101,8 @@ class Way:
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         fault: str | float = 0.0
-        if handler.path.split("?")[0].endswith(".bin"):
-            self.shards.append(handler.path.split("?")[0])
+        if handler.path.endswith(".bin"):
+            self.shards.append(handler.path)
             fault = self.fault(len(self.shards) - 1)
         if isinstance(fault, float):
             time.sleep(fault)
@@ -128,3 +129,5 @@ class Way:
         if fault == "other":
             content = content[:-1] + bytes([content[-1] ^ 1])
         handler.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        if isinstance(fault, float) and handler.path.endswith(".bin") and status < 300:
+            self.whole.append(handler.path)

@@ -1,8 +1,11 @@
 """Images in a bucket: the same training as from any other place, whatever happens on the way, or an end that says why."""
 
+import errno
 import hashlib
 import itertools
 import json
+import os
+import re
 import shutil
 import threading
 import time
@@ -147,6 +150,15 @@ def test_threads_get_the_same_images_from_a_small_cache(way: Way, tmp_path: Path
     assert sum(kept) <= 18.5 * largest
 
 
+def test_a_full_disk_is_named(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(bucket, "write_atomically", write)
+    with pytest.raises(ImagesLost, match=r"cache/vae_dist: No space left on device: .* lower --data.cache_gb, or"):
+        Streamed(config(), "train").rows(torch.tensor([5]))
+
+
 def test_litdata_reads_the_same_files(folder: Path, pixels: Tensor) -> None:
     """What we stream with LitData's downloader is a data set for anybody's LitData."""
     from litdata import StreamingDataset
@@ -161,6 +173,7 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket, "_STALL_SECONDS", 0.3)
     monkeypatch.setattr(bucket, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(stream, "_PAUSE_SECONDS", 0.05)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
 
 
 @pytest.mark.parametrize(
@@ -210,22 +223,34 @@ def same(run: Path, other: Path) -> bool:
 def test_a_slow_and_failing_server_changes_nothing_on_two_processes(
     options: list[object], undisturbed: Path, way: Way, tmp_path: Path
 ) -> None:
-    faults: list[str | float] = [0.0, "503", "cut", 0.2, "other", 0.0, 0.4]
+    faults: list[str | float] = [0.0, 0.3, "503", 0.0, "cut", 0.1, 0.0, "other"]
     way.fault = lambda number: faults[number % len(faults)]
     run = tmp_path / "run"
     done = launch("vae_dist.train", *options, "--data.root", f"s3://{BUCKET}/set", "--output", run, processes=2)
     assert done.returncode == 0, done.stderr
     assert same(run, undisturbed)
-    assert len(way.shards) > SHARDS + TEST_SHARDS
+    assert len(way.shards) > len(way.whole) == len(set(way.whole)) == SHARDS + TEST_SHARDS, "both share what either fetched"
     assert [row["n"] for row in records(run)] == [row["n"] for row in records(undisturbed)]
 
 
 def test_a_run_whose_server_vanishes_says_so_and_goes_on_when_it_is_back(
     options: list[object], undisturbed: Path, way: Way, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes in the first epoch; then one."""
-    way.fault = lambda number: "vanish" if number == SHARDS - 1 else 0.0
+    """Two processes in the middle of the first epoch; then one."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    shards = (sharded_epoch_order(0, 1, [PER_SHARD] * SHARDS, 128) // PER_SHARD).tolist()
+    last = max(range(SHARDS), key=shards.index)  # the one that is needed first in a later step than any other
+    assert shards.index(last) // 128 > 3
+
+    def fault(number: int) -> str | float:
+        if not way.shards[number].endswith(f"train/shard-{last:05d}.bin"):
+            return 0.0
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "checkpoints" / "step_00000003").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return "vanish"
+
+    way.fault = fault
     command_line = [*options, "--data.root", f"s3://{BUCKET}/set", "--output", tmp_path / "run"]
     done = launch("vae_dist.train", *command_line, processes=2)
     assert done.returncode != 0
@@ -239,6 +264,7 @@ def test_a_run_whose_server_vanishes_says_so_and_goes_on_when_it_is_back(
     way.open()
     again = command("train", *command_line)
     assert again.status == 0, again.err
+    assert re.search(r"going on from .*: 0 epochs, [36] steps", again.out)
     assert same(tmp_path / "run", undisturbed)
 
 
@@ -257,6 +283,18 @@ def test_a_root_without_images_is_refused(root: str, told: str, way: Way, comman
     assert time.monotonic() - began < 5
 
 
+def test_without_credentials_or_with_a_bad_endpoint_it_is_refused_at_once(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value, told in (("AWS_ACCESS_KEY_ID", "", "credentials"), ("AWS_ENDPOINT_URL", "nowhere", "Invalid endpoint")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(
+            InputError, match=rf"^s3://bucket/set/train/index.json.*{told}.*; check the address, AWS_ENDPOINT_URL"
+        ):
+            Streamed(config(), "train")
+    assert time.monotonic() - began < 5
+
+
 def test_an_index_of_others_and_shards_that_are_missing_are_refused(
     folder: Path, server: Server, way: Way, tmp_path: Path
 ) -> None:
@@ -270,7 +308,7 @@ def test_an_index_of_others_and_shards_that_are_missing_are_refused(
     server.upload(tmp_path / "copy", "copy")
     images = Streamed(config(f"s3://{BUCKET}/copy"), "train")
     with pytest.raises(ImagesLost, match=r"train/shard-00003.bin at .*NoSuchKey"):
-        images.rows(torch.tensor([200]))
+        images.rows(torch.tensor([3 * PER_SHARD]))
 
 
 def test_without_the_extra_it_is_named(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:

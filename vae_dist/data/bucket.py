@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vae_dist.checkpoint import write_atomically
 from vae_dist.config import ImagesLost, InputError
 from vae_dist.data.packed import INDEX, Index, Mapped, Shard, mapped, read_index
 
@@ -24,7 +25,7 @@ _CONNECT_SECONDS = 10.0
 _STALL_SECONDS = 30.0  # without a byte; a slow server may take as long as it likes otherwise
 _ATTEMPTS = 6  # unless AWS_MAX_ATTEMPTS says otherwise
 _FIRST_PAUSE_SECONDS = 0.5  # it doubles: a server may be away for a quarter of a minute
-_LOCK_SECONDS = 600.0  # for another process of this machine that fetches the same shard
+_LOCK_SECONDS = 300.0  # for another process of this machine, which fetches the same shard
 
 
 class Bucket:
@@ -66,11 +67,11 @@ class Bucket:
         file = self._cache / f"{shard.sha256}.bin"
         while True:
             with contextlib.suppress(FileNotFoundError):  # other processes may make room at any moment
-                if file.stat().st_size == shard.bytes:
+                if _has_size(file, shard.bytes):
                     os.utime(file)
                     return mapped(file, shard.images, image_bytes)
-            with self._alone(shard, file):
-                if not file.is_file() or file.stat().st_size != shard.bytes:
+            with _alone(file):
+                if not _has_size(file, shard.bytes):
                     self._keep(self._patiently(shard.filename, lambda: self._whole(shard)), file)
 
     def _whole(self, shard: Shard) -> bytes:
@@ -85,42 +86,29 @@ class Bucket:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))
+        attempts = max(1, int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)))
         for attempt in range(1, attempts + 1):
             try:
                 return action()
-            except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
+            except (Boto3Error, BotoCoreError, ClientError, OSError, ValueError) as error:
                 if attempt == attempts or _is_final(error):
                     raise ImagesLost(f"{self._address}/{name}{_endpoint()}: {' '.join(str(error).split())}") from None
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
 
-    @contextlib.contextmanager
-    def _alone(self, shard: Shard, file: Path) -> Iterator[None]:
-        """While no other process of this machine fetches the same shard."""
-        from filelock import FileLock, Timeout
-
-        try:
-            with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS):
-                yield
-        except Timeout:
-            raise ImagesLost(f"{self._address}/{shard.filename}: another process of this machine is stuck with it") from None
-
     def _keep(self, content: bytes, file: Path) -> None:
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
         try:
-            self._make_room(len(content))
-            part.write_bytes(content)
-            part.replace(file)
+            with _alone(self._cache / "room"):
+                self._make_room(len(content))
+                write_atomically(file, content)
         except OSError as error:
-            part.unlink(missing_ok=True)
             remedy = "make room there, lower --data.cache_gb, or name another folder with LITDATA_CACHE_DIR"
             raise ImagesLost(f"{self._cache}: {error.strerror}: a shard cannot be kept; {remedy}") from None
 
     def _make_room(self, needed: int) -> None:
         """Removes the shards that were not used for longest. Where one is mapped, it stays readable until it is not."""
         found = []
-        for file in self._cache.iterdir():
+        for file in (file for file in self._cache.iterdir() if file.suffix != ".lock"):
             with contextlib.suppress(FileNotFoundError):
                 status = file.stat()
                 found.append((status.st_mtime, status.st_size, file))
@@ -128,15 +116,38 @@ class Bucket:
         for _, size, file in sorted(found):
             if excess <= 0:
                 break
-            file.unlink(missing_ok=True)
+            for gone in (file, Path(f"{file}.lock")):
+                gone.unlink(missing_ok=True)
             excess -= size
 
 
+def _has_size(file: Path, size: int) -> bool:
+    try:
+        return file.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """While nobody else on this machine is alone with the same file; unless they take very long."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{file}.lock", timeout=_LOCK_SECONDS)
+    with contextlib.suppress(Timeout):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _is_final(error: Exception) -> bool:
-    """Whether asking again is in vain: no right, no such thing, no credentials."""
+    """Whether asking again is in vain: no right, no such thing, no credentials, no address."""
     response: dict[str, Any] = getattr(error, "response", None) or {}
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return (400 <= status < 500 and status not in (408, 429)) or type(error).__name__ == "NoCredentialsError"
+    is_refusal = 400 <= status < 500 and status not in (408, 429)
+    return is_refusal or isinstance(error, ValueError) or type(error).__name__ == "NoCredentialsError"
 
 
 def _endpoint() -> str:

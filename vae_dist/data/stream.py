@@ -17,7 +17,7 @@ from vae_dist.data.bucket import Bucket
 from vae_dist.data.order import LANES, sharded_epoch_order
 from vae_dist.data.packed import Mapped, Shard, Sharded, mapped, read_index, require_size
 
-_FETCHERS = 4  # threads, since one connection to a bucket brings some 50 MB/s
+_FETCHERS = 8  # threads: one connection to a bucket brings some 50 MB/s, after a wait
 _MOST_AHEAD = 64  # shards that are mapped at once, unless a step needs more
 _PAUSE_SECONDS = 5.0  # after a shard could not be fetched ahead
 
