@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.helpers import resident, write_idx_set
 from vae_dist.config import DataConfig, InputError
-from vae_dist.data import as_images, glyphs, sources
+from vae_dist.data import as_images, colour_glyphs, glyphs, sources
 from vae_dist.data.idx import idx_bytes, read_idx
 
 IMAGES, LABELS = torch.arange(5 * 4 * 3, dtype=torch.uint8).view(5, 1, 4, 3), torch.tensor([3, 1, 4, 1, 5])
@@ -130,6 +130,22 @@ def test_glyphs_are_the_same_wherever_they_are_made() -> None:
     )
     assert images.shape == (700, 1, 28, 28)
     assert digits[:10].tolist() == [8, 0, 7, 1, 7, 2, 2, 0, 6, 0]
+
+
+def test_coloured_glyphs_are_the_same_wherever_they_are_made_and_all_different() -> None:
+    images, digits = colour_glyphs.draw(0, 300)
+    assert (
+        hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        == "77b36a8f498b48d1c1a7a8828c1effe10e3fe0d6c631e7f79bbdc11318bcace4"
+    )
+    assert images.shape == (300, 3, 64, 64)
+    assert digits[:10].tolist() == [2, 2, 9, 7, 4, 6, 5, 8, 2, 5]
+    assert torch.equal(colour_glyphs.draw(98, 105)[0], images[98:105])
+    assert len({image.numpy().tobytes() for image in images}) == 300
+    # Every digit stands out: the middle of the picture has pixels far from what its frame is on average.
+    frame = torch.cat([images[..., :6, :].flatten(2), images[..., -6:, :].flatten(2)], dim=2).float().mean(2)
+    away = (images[..., 16:48, 16:48].flatten(2).float() - frame[:, :, None]).abs().sum(1).amax(1)
+    assert away.min() > 90
 
 
 def test_a_glyph_does_not_depend_on_what_is_drawn_with_it() -> None:

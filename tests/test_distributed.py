@@ -77,7 +77,7 @@ def test_the_gradient_is_a_sum_that_clipping_sees(seen: dict[int, Seen]) -> None
 def test_deterministic_mode_agrees_to_the_last_bit(seen: dict[int, Seen]) -> None:
     for processes in (2, 3, 4):
         for setting in (name for name in SETTINGS if name.startswith("deterministic")):
-            for key in ("gradient", "norms"):
+            for key in ("gradient", "norms", "result"):
                 assert seen[processes][setting][key] == seen[1][setting][key]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from vae_dist.config import InputError, ModelConfig, OptimizerConfig
 from vae_dist.model import VAE, build_model
-from vae_dist.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from vae_dist.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
 
 def test_schedules() -> None:
@@ -45,7 +45,7 @@ def step(vae: VAE, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
 def test_a_restored_optimizer_goes_on_as_the_first_would(kind: str) -> None:
     config = OptimizerConfig(kind=kind)  # type: ignore[arg-type]
     first = model()
@@ -60,6 +60,43 @@ def test_a_restored_optimizer_goes_on_as_the_first_would(kind: str) -> None:
     step(second, restored, 2)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_adamw_is_the_published_update_and_spares_biases() -> None:
+    """Loshchilov & Hutter 2019, algorithm 2, by hand in float64; tensors of one dimension as with Adam alone."""
+    config = OptimizerConfig(kind="adamw", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.5)
+    vae = model()
+    optimizer = build_optimizer(config, vae)
+    by_hand = {name: parameter.detach().double() for name, parameter in vae.named_parameters()}
+    first, second = ({name: torch.zeros_like(weight) for name, weight in by_hand.items()} for _ in range(2))
+    for t in range(1, 6):
+        rate = 0.01 / t
+        set_learning_rate(optimizer, rate)
+        step(vae, optimizer, t)
+        for name, parameter in vae.named_parameters():
+            assert parameter.grad is not None
+            gradient = parameter.grad.double()
+            first[name] = 0.8 * first[name] + 0.2 * gradient
+            second[name] = 0.95 * second[name] + 0.05 * gradient**2
+            move = first[name] / (1 - 0.8**t) / ((second[name] / (1 - 0.95**t)).sqrt() + 1e-4)
+            decay = 0.5 if name.endswith(".weight") else 0.0
+            by_hand[name] = by_hand[name] - rate * move - rate * decay * by_hand[name]
+    assert {name.split(".")[-1] for name in by_hand} == {"weight", "bias"}
+    for name, parameter in vae.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), by_hand[name], rtol=1e-5, atol=1e-7)
+
+
+def test_only_tensors_of_two_or_more_dimensions_decay() -> None:
+    """Kernels of convolutions do; a norm's scale does not, nor does a learned scalar."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.GroupNorm(2, 4))
+    network.scalar = torch.nn.Parameter(torch.ones(()))
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    optimizer = build_optimizer(OptimizerConfig(kind="adamw", lr=0.1, weight_decay=0.5), network)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if name == "0.weight" else 1.0))
 
 
 def test_state_that_does_not_fit_is_refused() -> None:

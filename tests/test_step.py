@@ -70,10 +70,12 @@ def trainer_of(config: Config, folder: Path, images: int = IMAGES) -> Trainer:
 def state_of(trainer: Trainer) -> list[Tensor]:
     """All that a step changes in place."""
     moments = [tensor for of_one in trainer.step.optimizer.state.values() for tensor in of_one.values()]
-    return [*trainer.model.parameters(), *moments]
+    return [*trainer.model.parameters(), *moments, *trainer.result.parameters()]
 
 
-@pytest.mark.parametrize("setting", ["adam", "sgd, clipped", "doubly reparameterised, accumulated, binarised"])
+@pytest.mark.parametrize(
+    "setting", ["adam", "sgd, clipped", "doubly reparameterised, accumulated, binarised", "adamw, averaged"]
+)
 def test_every_step_is_the_same_operators_and_none_asks_the_device(setting: str, tmp_path: Path) -> None:
     """The short last step too: else no graph could hold them, and the device would be waited for."""
     trainer = trainer_of(SETTINGS[setting].config, tmp_path)
@@ -96,6 +98,7 @@ def test_every_step_is_the_same_operators_and_none_asks_the_device(setting: str,
         "accumulated",
         "doubly reparameterised, accumulated, binarised",
         "learned sigma, annealed, free bits",
+        "adamw, averaged",
     ],
 )
 def test_a_recorded_step_computes_the_same(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Run in real processes by test_distributed: trains ten steps in several settings, and writes what rank zero saw."""
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save
 from torch import Tensor
 
 from tests.settings import SETTINGS
@@ -33,7 +35,7 @@ class Recorder(Tracker):
 
 
 def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Path) -> dict[str, object]:
-    """The gradient of the first step, the loss and gradient norm of each step, and the test loss after the epoch."""
+    """The gradient of the first step, the loss and gradient norm of each step, then the final weights and the test loss."""
     model = build_model(config.model, images.shape[1:], seed=0)
     trainer = Trainer(config, accelerator, model, Resident(images), Resident(images[:37]), RunFolder(folder))
     trainer.step._replay = None  # there is no CUDA here that could record
@@ -56,6 +58,7 @@ def observe(config: Config, images: Tensor, accelerator: Accelerator, folder: Pa
         "objectives": [row["objective"] for row in train],
         "counts": [row["n"] for row in train],
         "norms": [row["grad_norm"] for row in train],
+        "result": hashlib.sha256(save(trainer.result.state_dict())).hexdigest(),
         "test": recorder.rows[-1]["loss"] if recorder.rows else None,
     }
 

@@ -32,7 +32,7 @@ class Checkpoint(NamedTuple):
 
     config: dict[str, Any]  # what the run is
     model: dict[str, Tensor]
-    trainer: dict[str, Tensor]  # optimizer moments, loss scale
+    trainer: dict[str, Tensor]  # optimizer moments, averaged weights, loss scale
     progress: dict[str, Any]  # counters and sums; plain JSON
 
 

@@ -1,6 +1,7 @@
 """The optimizer, its schedule as a function of the step, and its state as named tensors."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,22 @@ _IWAE_LAST_STAGE = 7
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, is_recorded: bool = False) -> torch.optim.Optimizer:
-    """Adam or plain SGD, in one fused kernel for all parameters; fit to be recorded as a CUDA graph, if it is to be."""
+    """Adam, AdamW or plain SGD, in fused kernels over many parameters; fit to be recorded as a CUDA graph, if it is to be."""
     parameters = list(model.parameters())
     rate = torch.tensor(config.lr, device=parameters[0].device) if is_recorded else config.lr
     if config.kind == "sgd":
         return torch.optim.SGD(parameters, lr=rate, fused=True)
-    return torch.optim.Adam(parameters, lr=rate, betas=config.betas, eps=config.eps, fused=True, capturable=is_recorded)
+    betas, eps = config.betas, config.eps
+    if config.kind == "adamw":
+        groups = _by_decay(parameters, config.weight_decay)
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=is_recorded)
+    return torch.optim.Adam(parameters, lr=rate, betas=betas, eps=eps, fused=True, capturable=is_recorded)
+
+
+def _by_decay(parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices and kernels decay; biases and norms' scales would only be kept off their place."""
+    weights, others = ([p for p in parameters if (p.ndim >= 2) == is_weight] for is_weight in (True, False))
+    return [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -58,11 +69,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Restores what `optimizer_tensors` gave. Raises InputError where a tensor is missing, or of another shape or type."""
-    names = _ADAM_STATE if isinstance(optimizer, torch.optim.Adam) else {}
+    keys = _ADAM_STATE if isinstance(optimizer, torch.optim.Adam) else {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]  # as its `state_dict` has them
     state: dict[int, dict[str, Tensor]] = {}
-    for index, (name, parameter) in enumerate(model.named_parameters()):
-        state[index] = {}
-        for key, has_shape in names.items():
+    for index, parameter in enumerate(numbered):
+        name, state[index] = names[parameter], {}
+        for key, has_shape in keys.items():
             value = tensors.get(f"optimizer.{name}.{key}")
             shape = parameter.shape if has_shape else torch.Size()
             if value is None or value.shape != shape or value.dtype != torch.float32:

@@ -25,6 +25,7 @@ FREE_FIELDS = frozenset(
         "data.root",
         "data.unreadable",
         "data.cache_gb",
+        "model.recompute",
         "trainer.epochs",
         "trainer.cuda_graph",
         "trainer.compile",

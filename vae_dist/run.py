@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from vae_dist import checkpoint
+from vae_dist.averaging import averages_in
 from vae_dist.config import Config, InputError
 from vae_dist.model import VAE
 from vae_dist.options import from_mapping, require_same_run, to_mapping, to_yaml
@@ -131,7 +132,7 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
     """The model of a run, or of one checkpoint, in eval mode on the CPU, and its config.
 
     Of a run: the final weights, or its newest whole checkpoint while it is not finished. Raises InputError where there is
-    neither, or they are damaged.
+    neither, or they are damaged. With `optimizer.ema` a checkpoint gives the average of the weights, as a finished run does.
     """
     run = RunFolder(path)
     folder = run.path
@@ -142,7 +143,7 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no weights there: neither model.safetensors nor a checkpoint")
     try:
-        description, tensors = _read_checkpoint(folder) if is_checkpoint(folder) else _read_final(folder)
+        description, weights, averages = _read_checkpoint(folder) if is_checkpoint(folder) else _read_final(folder)
         config = described_config(description, folder / "config.json")
         channels, height, width = (operator.index(side) for side in description["image_shape"])
         with torch.device("meta"):  # takes no memory, whatever sizes a damaged description claims
@@ -151,7 +152,10 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read: {error}") from None
-    restore_weights(model, tensors, folder, assign=True)
+    if config.optimizer.ema:
+        restore_weights(model, averages, folder, assign=True, what="averaged weights")
+    else:
+        restore_weights(model, weights, folder, assign=True)
     return model.eval(), config
 
 
@@ -160,28 +164,30 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "trainer.json").is_file()
 
 
-def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """The description of a model, its weights, and those of its average, if it has one."""
     try:
         saved = checkpoint.read(folder)
     except checkpoint.Damaged as error:
         raise InputError(str(error)) from None
-    return saved.config, saved.model
+    return saved.config, saved.model, averages_in(saved.trainer)
 
 
-def _read_final(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_final(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """As `_read_checkpoint`; where there is an average, the final weights are the average's."""
     description = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
     tensors = checkpoint.read_tensors(weights)
     if description["sha256"] != hashlib.sha256(weights.read_bytes()).hexdigest():
         raise InputError(f"{weights}: damaged: its SHA-256 is not the one in config.json")
-    return description, tensors
+    return description, tensors, tensors
 
 
-def restore_weights(model: VAE, tensors: dict[str, Tensor], source: Path, assign: bool = False) -> None:
+def restore_weights(model: VAE, tensors: dict[str, Tensor], source: Path, assign: bool = False, what: str = "weights") -> None:
     """Loads weights by name, into the model's memory or in its place. Raises InputError where they are not this model's."""
     if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-        raise InputError(f"{source}: the weights are not float32")
+        raise InputError(f"{source}: the {what} are not float32")
     try:
         model.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
-        raise InputError(f"{source}: the weights do not fit the model: {' '.join(str(error).split())}") from None
+        raise InputError(f"{source}: the {what} do not fit the model: {' '.join(str(error).split())}") from None

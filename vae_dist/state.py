@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vae_dist.averaging import Averages, averages_in
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config, InputError
 from vae_dist.model import VAE
@@ -41,9 +42,18 @@ class Progress:
         return progress
 
 
-def pack(config: Config, model: VAE, optimizer: torch.optim.Optimizer, scaler: Scaler, progress: Progress) -> Checkpoint:
+def pack(
+    config: Config,
+    model: VAE,
+    optimizer: torch.optim.Optimizer,
+    scaler: Scaler,
+    progress: Progress,
+    averages: Averages | None = None,
+) -> Checkpoint:
     """The state of a run at this moment."""
     tensors = optimizer_tensors(optimizer, model)
+    if averages is not None:
+        tensors |= averages.tensors()
     if scaler is not None:
         state = scaler.state_dict()
         tensors |= {f"scaler.{name}": torch.tensor(float(state[name]), dtype=torch.float64) for name in _SCALER_STATE}
@@ -55,9 +65,18 @@ def pack(config: Config, model: VAE, optimizer: torch.optim.Optimizer, scaler: S
     )
 
 
-def unpack(saved: Checkpoint, source: Path, model: VAE, optimizer: torch.optim.Optimizer, scaler: Scaler) -> Progress:
+def unpack(
+    saved: Checkpoint,
+    source: Path,
+    model: VAE,
+    optimizer: torch.optim.Optimizer,
+    scaler: Scaler,
+    averages: Averages | None = None,
+) -> Progress:
     """Puts a packed state back. Raises InputError where it is of another model or lacks something."""
     restore_weights(model, saved.model, source)
+    if averages is not None:
+        restore_weights(averages.model, averages_in(saved.trainer), source, what="averaged weights")
     try:
         load_optimizer_tensors(optimizer, model, saved.trainer)
         if scaler is not None:

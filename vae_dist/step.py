@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vae_dist.averaging import Averages
 from vae_dist.config import Config
 from vae_dist.data import as_images, augmented, binary
 from vae_dist.data.order import Partition
@@ -27,6 +28,7 @@ class Step:
         self._config, self._accelerator, self._model = config, accelerator, model
         self.laps = Laps(accelerator.device)
         is_recorded = may_be_recorded(config, accelerator)
+        self.averages = Averages(model, config.optimizer.ema) if config.optimizer.ema else None
         self.gradients = build_gradients(config, accelerator, model, partition, self.laps, is_recorded)
         self.optimizer = build_optimizer(config.optimizer, model, is_recorded)
         self.objective = Objective(config.objective, accelerator.device)
@@ -58,6 +60,8 @@ class Step:
         self.laps.mark("data")
         with tf32() if self._config.trainer.precision == "tf32" else contextlib.nullcontext():
             sums = (self._replay or self._compute)(pixels, indices, noise)
+        if self.averages is not None:
+            self.averages.update(number)
         self.laps.mark("compute")
         return sums
 

@@ -58,6 +58,8 @@ class Trainer:
         self.partition = Partition(len(train), batch, ranks, rows)
         self.model = model.to(accelerator.device)
         self.step = Step(config, accelerator, self.model, self.partition)
+        # What is evaluated, drawn and left at the end.
+        self.result = self.model if self.step.averages is None else self.step.averages.model
         self.tracker = Tracker()
         self.progress = Progress(images=len(train))
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
@@ -214,7 +216,7 @@ class Trainer:
         self.epoch_speeds.append(speed["images_per_second"])
         train = self._row("train", epoch, self.progress.epoch_sums) | self._step_figures() | speed
         start = time.perf_counter()
-        found = evaluate(self.model, self.test, self.config.seed, self.accelerator)
+        found = evaluate(self.result, self.test, self.config.seed, self.accelerator)
         self._require_finite(math.isfinite(found.sums.bce + found.sums.kld), "the test loss")
         times = {"test_seconds": round(time.perf_counter() - start, 3)}
         test = self._row("test", epoch, found.sums) | {"kld_per_dim": found.kld_per_dim} | times
@@ -225,8 +227,8 @@ class Trainer:
     def _record_epoch(self, epoch: int, train: Row, test: Row) -> None:
         """Rank zero only."""
         images = as_images(first_images(self.test, pictures.RECONSTRUCTIONS))
-        reconstructions = pictures.reconstructions(self.model, images)
-        samples = pictures.samples(self.model, pictures.SAMPLES, self.config.seed)
+        reconstructions = pictures.reconstructions(self.result, images)
+        samples = pictures.samples(self.result, pictures.SAMPLES, self.config.seed)
         pictures.save_png(self.run.images / f"reconstruction_{epoch}.png", reconstructions)
         pictures.save_png(self.run.images / f"sample_{epoch}.png", samples)
         self.tracker.log(train, test)
@@ -247,7 +249,8 @@ class Trainer:
         on_first_rank(self.accelerator, lambda: self._save(state))
 
     def _packed(self) -> Checkpoint:
-        return pack(self.config, self.model, self.step.optimizer, self.accelerator.scaler, self.progress)
+        step = self.step
+        return pack(self.config, self.model, step.optimizer, self.accelerator.scaler, self.progress, step.averages)
 
     def _save(self, state: Checkpoint) -> None:
         folder = checkpoint.folder_of_step(self.run.checkpoints, self.progress.step)
@@ -262,7 +265,7 @@ class Trainer:
 
     def save_final(self) -> None:
         """Writes the weights and their description where anybody looks for them first."""
-        on_first_rank(self.accelerator, lambda: self.run.save_model(self.config, self.model))
+        on_first_rank(self.accelerator, lambda: self.run.save_model(self.config, self.result))
 
     def resume(self, folder: Path) -> None:
         """Goes on from a checkpoint. Raises InputError where it is damaged or of another model, or the data set changed."""
@@ -270,7 +273,8 @@ class Trainer:
             saved = checkpoint.read(folder)
         except checkpoint.Damaged as error:
             raise InputError(f"{folder}: damaged: {error}") from None
-        progress = unpack(saved, folder, self.model, self.step.optimizer, self.accelerator.scaler)
+        step = self.step
+        progress = unpack(saved, folder, self.model, step.optimizer, self.accelerator.scaler, step.averages)
         if progress.images != len(self.train):
             raise InputError(
                 f"{folder}: trained on {progress.images} images, but there are {len(self.train)} in "

@@ -121,17 +121,17 @@ def write(
 def prepare(config: DataConfig) -> None:
     """Decodes `folder` or `celeba` into the cache, where it is not there yet. Raises InputError."""
     way_out = "; set XDG_CACHE_HOME to a folder with room, or use python -m vae_dist.pack and --data.name packed"
-    write(_plan(config), cache_folder(config), config.unreadable, way_out=way_out)
+    write(plan_of(config), cache_folder(config), config.unreadable, way_out=way_out)
 
 
 def cache_folder(config: DataConfig) -> Path:
     """Where the packed images of `folder` or `celeba` are, or will be: another place when any file has changed."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "vae_dist" / _plan(config).fingerprint()[:32]
+    return root / "vae_dist" / plan_of(config).fingerprint()[:32]
 
 
 @cache
-def _plan(config: DataConfig) -> Plan:
+def plan_of(config: DataConfig) -> Plan:
     """Once in a process, which asks several times."""
     return folder.plan(config)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vae_dist.config import DataConfig, InputError
-from vae_dist.data import glyphs, packing
+from vae_dist.data import colour_glyphs, glyphs, packing
 from vae_dist.data.idx import read_idx
 from vae_dist.data.images import Images, Resident
 from vae_dist.data.packed import Packed
@@ -35,14 +35,16 @@ _IDX_SETS = {
     "kmnist": _IdxSet("KMNIST", "train", "t10k"),
     "emnist": _IdxSet("EMNIST", "emnist-digits-train", "emnist-digits-test", transposed=True),
 }
+_EMBEDDED = {"glyphs": glyphs, "glyphs64": colour_glyphs}
 _CIFAR_FOLDER = "cifar-10-batches-py"
 
 
 def load(config: DataConfig, train: bool) -> Images:
     """The training or the test images. Raises InputError where they are missing, damaged or empty."""
-    if config.name == "glyphs":
-        start, stop = (0, glyphs.TRAIN_IMAGES) if train else (glyphs.TRAIN_IMAGES, glyphs.TRAIN_IMAGES + glyphs.TEST_IMAGES)
-        return Resident(*glyphs.draw(start, stop))
+    if config.name in _EMBEDDED:
+        drawn = _EMBEDDED[config.name]
+        start, n = (0, drawn.TRAIN_IMAGES) if train else (drawn.TRAIN_IMAGES, drawn.TEST_IMAGES)
+        return Resident(*drawn.draw(start, start + n))
     if config.name in ("folder", "celeba", "packed"):
         home = Path(config.root) if config.name == "packed" else packing.cache_folder(config)
         return Packed(home / ("train" if train else "test"))
@@ -61,7 +63,7 @@ def fetch_missing(config: DataConfig) -> None:
     if config.name in ("folder", "celeba"):
         packing.prepare(config)
     root = Path(config.root)
-    if config.name in ("glyphs", "folder", "celeba", "packed", "stream") or not (missing := _missing(config.name, root)):
+    if config.name in (*_EMBEDDED, "folder", "celeba", "packed", "stream") or not (missing := _missing(config.name, root)):
         return
     from torchvision import datasets  # costs seconds: only where it is needed
 

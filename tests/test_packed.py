@@ -1,0 +1,387 @@
+"""Packed images: written whole or gone on with, read as they were decoded, and refused by name where they are damaged."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.helpers import ROOT, Outcome, environment, everything, records, refused
+from vae_dist.config import DataConfig, InputError
+from vae_dist.data import folder, packed, packing, sources
+from vae_dist.data.images import Images, Resident
+from vae_dist.data.packed import Packed
+from vae_dist.data.photos import Decoding, decode
+
+Command = Callable[..., Outcome]
+
+PICTURES, SIZE, IN_SHARD = 60, 4, 7
+IMAGE_BYTES = 3 * SIZE**2
+SHARD_BYTES = IN_SHARD * (IMAGE_BYTES + 8)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small pictures, each another, of two sizes."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for number in range(PICTURES):
+        (root / f"{number % 2}").mkdir(exist_ok=True)
+        pixels = random.integers(0, 256, (5, 6 + number % 3, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number % 2}" / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of them that nobody touches."""
+    out = tmp_path_factory.mktemp("packs") / "whole"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packed, "SHARD_BYTES", SHARD_BYTES)
+        packing.write(folder.plan(config(pictures)), out, "refuse")
+    return out
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shards of seven images, a cache of one's own, and a folder looked at anew."""
+    monkeypatch.setattr(packed, "SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    packing.plan_of.cache_clear()
+
+
+@pytest.fixture
+def pack(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "pack"))
+
+
+def config(root: Path, **options: Any) -> DataConfig:
+    return DataConfig(name="folder", root=str(root), image_size=SIZE, **options)
+
+
+def expected(root: Path, side: str) -> Tensor:
+    """The images of a side, decoded one by one."""
+    found = packing.plan_of(config(root))
+    files = found.train if side == "train" else found.test
+    content = b"".join(decode(root / picture.path, Decoding(SIZE, 3)) for picture in files)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 3, SIZE, SIZE)
+
+
+def test_a_shard_is_laid_out_as_litdata_reads_it(pack: Path, pictures: Path) -> None:
+    """uint32 n; n + 1 uint32 offsets from the file's start; each item its length as uint32 and its bytes."""
+    index = json.loads((pack / "train" / "index.json").read_text())
+    images = []
+    for chunk in index["chunks"]:
+        content = (pack / "train" / chunk["filename"]).read_bytes()
+        n = struct.unpack_from("<I", content)[0]
+        offsets = struct.unpack_from(f"<{n + 1}I", content, 4)
+        assert (n, len(content)) == (chunk["chunk_size"], chunk["chunk_bytes"])
+        assert (offsets[0], offsets[-1]) == (4 * (n + 2), len(content))
+        items = [content[start:end] for start, end in pairwise(offsets)]
+        assert {item[:4] for item in items} == {struct.pack("<I", IMAGE_BYTES)}
+        images += [item[4:] for item in items]
+        assert chunk["sha256"] == hashlib.sha256(content).hexdigest()
+    assert b"".join(images) == expected(pictures, "train").numpy().tobytes()
+    assert len(index["chunks"]) == -(-len(images) // IN_SHARD) > 5
+    assert index["config"]["data_format"] == ["bytes"]
+    assert (index["vae_dist"]["shape"], index["vae_dist"]["images"]) == ([3, SIZE, SIZE], len(images))
+
+
+def test_litdata_reads_the_same_images(pack: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    litdata = pytest.importorskip("litdata")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    streamed = litdata.StreamingDataset(str(pack / "test"))
+    assert b"".join(bytes(streamed[i]) for i in range(len(streamed))) == expected(pictures, "test").numpy().tobytes()
+
+
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_images_come_by_their_numbers_across_shards_and_threads(side: str, pack: Path, pictures: Path) -> None:
+    images, right = Packed(pack / side), expected(pictures, side)
+    assert len(images) == len(right)
+    assert torch.equal(images.fetch(torch.arange(len(images))), right)
+    some = torch.tensor([len(right) - 1, 0, 3, 3, len(right) // 2])
+    assert torch.equal(images.fetch(some), right[some])
+    assert torch.equal(images.rows(torch.tensor([[2, -1]])), right[torch.tensor([[2, 0]])])
+    steps = torch.randint(0, len(right), (40, 1, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.stack(list(images.stream(steps))), right[steps])
+
+
+def test_a_pack_says_what_it_holds_and_how_to_train_from_it(pictures: Path, command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "pack"
+    first = command("pack", pictures, out, "--size", SIZE)
+    train, test = len(expected(pictures, "train")), len(expected(pictures, "test"))
+    assert f"decoding {PICTURES} pictures of {pictures} ({train} for training, {test} for testing" in first.out
+    assert f"{train} training and {test} test images of 3x{SIZE}x{SIZE}" in first.out
+    assert f"--data.name packed --data.root {out}" in first.out
+    before = everything(out)
+    assert "it was there already" in command("pack", pictures, out, "--size", SIZE).out
+    assert everything(out) == before
+    assert set(before) == {
+        f"{side}/{name}"
+        for side in ("train", "test")
+        for name in ["index.json", *(path.name for path in (out / side).glob("shard-*.bin"))]
+    }
+
+
+def test_packed_folder_and_memory_are_one_data_set(
+    pack: Path, pictures: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--data.batch_size", 16, "--trainer.epochs", 1, "--model.hidden", 8, "--tracking.wandb", "disabled"]
+    of_folder = ["--data.name", "folder", "--data.root", pictures, "--data.image_size", SIZE]
+    load = sources.load
+
+    def in_memory(config: DataConfig, train: bool) -> Images:
+        images = load(config, train)
+        return Resident(images.rows(torch.arange(len(images))))
+
+    assert command("train", *options, *of_folder, "--output", tmp_path / "folder").status == 0
+    assert command("train", *options, "--data.name", "packed", "--data.root", pack, "--output", tmp_path / "packed").status == 0
+    monkeypatch.setattr(sources, "load", in_memory)
+    assert command("train", *options, *of_folder, "--output", tmp_path / "memory").status == 0
+    assert records(tmp_path / "folder") == records(tmp_path / "packed") == records(tmp_path / "memory")
+    weights = {(tmp_path / run / "model.safetensors").read_bytes() for run in ("folder", "packed", "memory")}
+    assert len(weights) == 1
+
+
+def damage_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(side: Path) -> None:
+        index = json.loads((side / "index.json").read_text())
+        change(index)
+        (side / "index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+def write_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda side: (side / "shard-00001.bin").write_bytes(change((side / "shard-00001.bin").read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (write_shard(lambda content: content[:-1]), "shard-00001.bin: truncated: it has"),
+        (write_shard(lambda content: content + b"\0"), "shard-00001.bin: of another pack: it has"),
+        (lambda side: (side / "shard-00001.bin").unlink(), "shard-00001.bin: No such file or directory"),
+        (lambda side: (side / "index.json").unlink(), r"index.json: No such file or directory; name a folder"),
+        (lambda side: (side / "index.json").write_text('{"chunks": ['), "index.json: not an index"),
+        (lambda side: (side / "index.json").write_text("[]"), "index.json: not an index"),
+        (damage_index(lambda index: index.pop("vae_dist")), "index.json: not an index"),
+        (damage_index(lambda index: index["vae_dist"].update(format=9)), "index.json: format 9, this version reads 1"),
+        (damage_index(lambda index: index["vae_dist"].update(images=3)), "index.json: damaged"),
+        (damage_index(lambda index: index["vae_dist"].update(shape=[3, 4, 5])), "index.json: damaged"),
+        (damage_index(lambda index: index["chunks"].pop()), "index.json: damaged"),
+        (damage_index(lambda index: index["chunks"][0].update(sha256="0")), "index.json: damaged"),
+        (damage_index(lambda index: index["chunks"][0].update(filename="../../x")), "index.json: damaged"),
+    ],
+)
+def test_a_damaged_pack_is_refused_by_file(damage: Callable[[Path], object], told: str, pack: Path) -> None:
+    damage(pack / "train")
+    with pytest.raises(InputError, match=told) as error:
+        Packed(pack / "train")
+    assert str(pack / "train") in str(error.value)
+    assert "vae_dist.pack" in str(error.value), "the way out"
+
+
+def test_verification_reads_every_byte(pack: Path, command: Command) -> None:
+    assert "whole: all" in command("pack", "--verify", pack).out
+    shard = pack / "test" / "shard-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert len(Packed(pack / "test")) > 0, "a start does not read the whole set"
+    refused(command("pack", "--verify", pack), str(shard), "SHA-256")
+    refused(command("pack", "--verify", pack.parent), "index.json")
+
+
+def test_unreadable_files_are_all_found_and_refused_or_skipped(pictures: Path, command: Command, tmp_path: Path) -> None:
+    root, out = tmp_path / "pictures", tmp_path / "pack"
+    for name, content in everything(pictures).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    whole = (root / "0" / "0.png").read_bytes()
+    bad = {f"{number}.png": content for number, content in enumerate([b"", b"text", whole[:60]] * 3)}
+    for name, content in bad.items():
+        (root / name).write_bytes(content)
+    outcome = command("pack", root, out, "--size", SIZE)
+    refused(outcome, f"{len(bad)} of {PICTURES + len(bad)} files cannot be read", "unreadable.txt", "--unreadable skip")
+    assert sum(f"{name}: " in outcome.err for name in bad) == 5
+    listed = (out / "unreadable.txt").read_text().splitlines()
+    assert sorted(line.split(": ")[0] for line in listed) == sorted(bad)
+    refused(command("train", "--data.name", "packed", "--data.root", out), "index.json")
+    skipped = command("pack", root, out, "--size", SIZE, "--unreadable", "skip")
+    assert f"{len(bad)} unreadable files were skipped" in skipped.out
+    assert "decoding" not in skipped.out, "what was decoded is kept"
+    held = [Packed(out / side) for side in ("train", "test")]
+    assert sum(map(len, held)) == PICTURES
+    refused(command("pack", root, out, "--size", SIZE), "cannot be read")
+    train = ["--data.name", "folder", "--data.root", root, "--data.image_size", SIZE, "--tracking.wandb", "disabled"]
+    refused(command("train", *train, "--output", tmp_path / "run"), "cannot be read", "--data.unreadable skip")
+    packing.plan_of.cache_clear()
+    skip = ["--data.unreadable", "skip", "--trainer.epochs", 1]
+    assert command("train", *train, "--output", tmp_path / "run", *skip).status == 0
+
+
+def test_a_side_that_has_only_unreadable_files_is_refused(command: Command, tmp_path: Path) -> None:
+    for side in ("train", "test"):
+        (tmp_path / "pictures" / side).mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / "train" / "a.png")
+    (tmp_path / "pictures" / "test" / "b.png").touch()
+    outcome = command("pack", tmp_path / "pictures", tmp_path / "out", "--unreadable", "skip")
+    refused(outcome, "none of the 1 test pictures can be read, such as test/b.png")
+
+
+def test_a_folder_of_something_else_is_left_alone(pack: Path, pictures: Path, command: Command, tmp_path: Path) -> None:
+    before = everything(pack)
+    refused(command("pack", pictures, pack, "--size", 5), str(pack), "holds a pack of other pictures or options")
+    refused(command("pack", pictures, pictures), str(pictures), "which is no part of a pack")
+    assert everything(pack) == before
+    (pack / "train" / "notes").touch()
+    refused(command("pack", pictures, pack, "--size", SIZE), "holds train/notes, which is no part of a pack")
+    (tmp_path / "file").touch()
+    refused(command("pack", pictures, tmp_path / "file"), "is a file")
+    refused(command("pack", pictures, tmp_path / "file" / "below"), str(tmp_path / "file"))
+
+
+SLOW = """
+import sys, time
+from vae_dist.data import packed, packing
+packed.SHARD_BYTES = {bytes}
+decode = packing.decode
+packing.decode = lambda *args: (time.sleep(0.02), decode(*args))[1]
+from vae_dist import pack
+pack.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(
+    whole: Path, pictures: Path, command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    script = SLOW.format(bytes=SHARD_BYTES)
+    arguments = [sys.executable, "-c", script, str(pictures), str(out), "--size", str(SIZE), "--workers", "1"]
+    job = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    while job.poll() is None and not (out / "train" / ".shard-00002.json").exists():
+        time.sleep(0.005)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    assert not list(out.rglob("index.json")), "a pack is whole or absent"
+    left = len(list(out.rglob(".shard-*.json")))
+    assert 3 <= left <= 7
+    first = out / "train" / "shard-00000.bin"
+    first.write_bytes(first.read_bytes()[:-1] + b"x")  # as a disk that lost power may leave it
+    outcome = command("pack", pictures, out, "--size", SIZE)
+    decoded = PICTURES - (left - 1) * IN_SHARD
+    assert f"decoding the last {decoded} of {PICTURES} pictures" in outcome.out
+    assert everything(out) == everything(whole)
+
+
+def test_two_jobs_at_once_decode_once(pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    calls = []
+
+    def slow(*args: Any) -> bytes:
+        calls.append(args)
+        time.sleep(0.002)
+        return decode(*args)
+
+    monkeypatch.setattr(packing, "decode", slow)
+    with ThreadPoolExecutor(2) as jobs:
+        list(jobs.map(packing.prepare, [config(pictures)] * 2))
+    assert len(calls) == PICTURES
+    assert "waiting for another process" in capsys.readouterr().out
+    assert torch.equal(sources.load(config(pictures), train=True).rows(torch.arange(9)), expected(pictures, "train")[:9])
+
+
+def test_a_changed_folder_is_decoded_anew(pictures: Path, tmp_path: Path, capsys: Any) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for number, file in enumerate(sorted((pictures / "0").iterdir())):
+        (root / f"{number}.png").write_bytes(file.read_bytes())
+
+    def digest() -> str:
+        packing.plan_of.cache_clear()
+        sources.fetch_missing(config(root))
+        return sources.load(config(root), train=True).digest()
+
+    before = digest()
+    assert str(tmp_path / "cache" / "vae_dist") in capsys.readouterr().out, "the line that says where it goes"
+    assert digest() == before
+    assert capsys.readouterr().out == ""
+    for name in ("0.png", "1.png", "2.png"):
+        Image.new("RGB", (6, 6), (255, 0, 0)).save(root / name)
+    assert digest() != before
+    assert "decoding 30 pictures" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_error_with_a_way_out(
+    pictures: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr(packing, "write_atomically", full)
+    refused(command("pack", pictures, tmp_path / "out"), "shard-00000.bin: No space left on device; make room")
+    train = ["--data.name", "folder", "--data.root", pictures, "--data.image_size", SIZE, "--output", tmp_path / "run"]
+    refused(command("train", *train), "No space left on device; set XDG_CACHE_HOME")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result([1] * 10))
+    refused(command("train", *train), f"no room: {PICTURES} images take 0.0 MiB, and 0.0 MiB are free; set XDG_CACHE_HOME")
+
+
+def test_an_unwritable_cache_is_one_error(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
+        packing.prepare(config(pictures))
+
+
+def test_celeba_is_cut_and_decoded_like_any_folder(tmp_path: Path) -> None:
+    home = tmp_path / "celeba"
+    (home / "img_align_celeba").mkdir(parents=True)
+    (home / "list_eval_partition.txt").write_text("a.jpg 0\nb.jpg 1\nc.jpg 2\n")
+    for name, colour in (("a", (255, 0, 0)), ("b", (0, 255, 0)), ("c", (0, 0, 255))):
+        face = Image.new("RGB", (178, 218), "white")
+        face.paste(colour, (19, 39, 159, 179))  # the 140 x 140 in the middle
+        face.save(home / "img_align_celeba" / f"{name}.jpg", quality=100, subsampling=0)
+    celeba = DataConfig(name="celeba", root=str(tmp_path))
+    sources.fetch_missing(celeba)
+    train, test = sources.load(celeba, train=True), sources.load(celeba, train=False)
+    assert (len(train), len(test), train.shape) == (1, 1, (3, 64, 64))
+    for images, channel in ((train, 0), (test, 2)):
+        colours = images.rows(torch.tensor([0]))[0].float().mean(dim=(1, 2))
+        assert colours[channel] > 250
+        assert colours.sum() - colours[channel] < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "name the folder of the pictures"),
+        (["one"], "name the folder of the pictures"),
+        (["one", "two", "--verify", "three"], "name the folder of the pictures"),
+        (["nowhere", "out"], "nowhere: no such folder"),
+        (["one", "two", "--size", 0], "--size 0"),
+        (["one", "two", "--test_share", 1], "--test_share 1"),
+        (["one", "two", "--workers", 0], "--workers 0"),
+        (["one", "two", "--colours", 3], "--colours"),
+    ],
+)
+def test_wrong_options_of_pack_are_refused(options: list[object], told: str, command: Command) -> None:
+    outcome = command("pack", *options)
+    assert outcome.status == 2
+    assert told in " ".join(outcome.err.replace("│", " ").split())
