@@ -27,6 +27,8 @@ ORDER = [
     "data.photos",
     "data.folder",
     "data.packed",
+    "data.bucket",
+    "data.stream",
     "data.packing",
     "data.sources",
     "likelihoods",

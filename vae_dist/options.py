@@ -24,6 +24,7 @@ FREE_FIELDS = frozenset(
         "resume",
         "data.root",
         "data.unreadable",
+        "data.cache_gb",
         "model.recompute",
         "trainer.epochs",
         "trainer.cuda_graph",

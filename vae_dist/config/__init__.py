@@ -5,7 +5,7 @@ A field's docstring is its help text. Values are checked where the config is mad
 
 from dataclasses import dataclass, field
 
-from vae_dist.config.checks import InputError, require
+from vae_dist.config.checks import ImagesLost, InputError, require
 from vae_dist.config.data import DataConfig
 from vae_dist.config.model import ModelConfig, ObjectiveConfig
 from vae_dist.config.training import CheckpointConfig, ExpectConfig, OptimizerConfig, TrackingConfig, TrainerConfig
@@ -16,6 +16,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "ExpectConfig",
+    "ImagesLost",
     "InputError",
     "ModelConfig",
     "ObjectiveConfig",

@@ -11,14 +11,14 @@ class DataConfig:
     """Images and batches."""
 
     name: Literal[
-        "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "glyphs", "glyphs64"
+        "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "stream", "glyphs", "glyphs64"
     ] = "mnist"
     """Data set. `glyphs` (grey) and `glyphs64` (colour) are embedded; `folder` is any folder of JPEG, PNG and WebP pictures,
-    `packed` one that `python -m vae_dist.pack` wrote. The others are read from `root`, or downloaded to it where they are
-    missing, but for celeba."""
+    `packed` one that `python -m vae_dist.pack` wrote, `stream` the same in a bucket. The others are read from `root`, or
+    downloaded to it where they are missing, but for celeba."""
     root: str = "data"
     """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not); of `folder` and `packed`, that
-    very folder."""
+    very folder; of `stream`, s3://bucket/prefix, or a folder on a slow disk."""
     image_size: int | None = None
     """Of folder and celeba: the pictures' middle squares are resized to so many pixels a side. None: 64."""
     channels: Literal[1, 3] = 3
@@ -28,6 +28,8 @@ class DataConfig:
     that a new file moves no other."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """Of folder and celeba: what to do where files are no whole pictures. All are found, and listed, before any step."""
+    cache_gb: float = 20.0
+    """Of stream: disk space of a machine for fetched shards, 10^9 bytes, in the folder that LITDATA_CACHE_DIR names, if any."""
     batch_size: int = 128
     """Images of one optimizer step, over all processes (the global batch)."""
     binarize: Literal["none", "static", "dynamic"] = "none"
@@ -44,5 +46,8 @@ class DataConfig:
             require(self.name in names or value == getattr(type(self), name), f"--data.{name}", value, wanted)
         require(self.image_size is None or self.image_size >= 1, "--data.image_size", self.image_size, "at least 1, or none")
         require(0 < self.test_share < 1, "--data.test_share", self.test_share, "between 0 and 1")
+        require(0 < self.cache_gb < float("inf"), "--data.cache_gb", self.cache_gb, "a positive number")
+        wanted = "left out: only --data.name stream has a cache of shards"
+        require(self.name == "stream" or self.cache_gb == type(self).cache_gb, "--data.cache_gb", self.cache_gb, wanted)
         require(self.batch_size >= 1, "--data.batch_size", self.batch_size, "at least 1")
         require(0 <= self.shift < 1 << 15, "--data.shift", self.shift, "0 or more pixels, as many as images may have")
