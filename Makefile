@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash bench bench-data communication scaling verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash bench bench-data bench-networks communication scaling verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST
 bench-data: setup ## time packed images beside torchvision's ImageFolder, on JPEGs that it makes; some three minutes
 	$(BIN)/python -m benchmarks.packed $(ARGS)
 
+bench-networks: setup ## time the convolutional networks on packed images: on a GPU, or small on the CPU
+	$(BIN)/python -m benchmarks.networks $(ARGS)
+
 communication: setup ## time sums over gloo, here and between network namespaces (as root), and fit them; some three minutes
 	$(BIN)/python -m benchmarks.communication $(ARGS)
 
@@ -92,7 +95,7 @@ format: setup ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 lock: setup ## take the newest versions into requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --extra dev --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --extra dev --extra stream --no-emit-index-url \
 		--no-annotate --no-header --output-file requirements.lock pyproject.toml
 
 clean: ## remove the environment and caches; runs and data stay

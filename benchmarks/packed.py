@@ -65,7 +65,7 @@ def compare(scratch: Path, images: int, rounds: int) -> dict[str, Any]:
     for epoch in range(rounds):  # interleaved, so that whatever else the machine does meets all alike
         if epoch % 2 == 0:
             rates["ImageFolder"].append(rate(image_folder(scratch / "jpegs", device), images, device))
-        steps = Partition(len(train), BATCH, 1, BATCH).of_rank(train.order(0, epoch), 0)
+        steps = Partition(len(train), BATCH, 1, BATCH).of_rank(train.order(0, epoch, BATCH), 0)
         rates["packed"].append(rate(train.stream(steps), len(train), device))
         rates["packed, as float32"].append(rate(map(as_images, train.stream(steps)), len(train), device))
         memory.append(resident())
@@ -147,7 +147,7 @@ def limited_epochs(group: Path, root: Path) -> None:
     (group / "cgroup.procs").write_text(str(os.getpid()))
     images = Packed(root)
     for epoch in range(2):
-        steps = Partition(len(images), BATCH, 1, BATCH).of_rank(images.order(0, epoch), 0)
+        steps = Partition(len(images), BATCH, 1, BATCH).of_rank(images.order(0, epoch, BATCH), 0)
         speed = rate(images.stream(steps), len(images), torch.device("cpu"))
         own, files = resident()
         print(f"  epoch {epoch + 1}: {len(images):,} images, {speed:,.0f} images/s; {own} MiB + {files} of files", flush=True)

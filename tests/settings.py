@@ -42,6 +42,8 @@ _DECAYED = OptimizerConfig(kind="adamw", weight_decay=0.1, ema=0.99)
 _DOUBLY = ObjectiveConfig(kind="iwae", samples=3, doubly_reparameterized=True)
 _FREE_BITS = ObjectiveConfig(beta=2.0, anneal="linear", anneal_steps=5, free_bits=0.1)
 _SIGMA = replace(_SMALL, likelihood="gaussian")
+_CONV = ModelConfig(kind="conv", channels=4, latent_dim=4)
+_RESNET = ModelConfig(kind="resnet", channels=4, attention=14, recompute=True, latent="spatial", latent_dim=49)
 
 SETTINGS = {
     "adam": _setting(200, 20, _ADAM),
@@ -57,11 +59,13 @@ SETTINGS = {
     "doubly reparameterised, accumulated, binarised": _setting(191, 19, _SGD, micro=2, objective=_DOUBLY, binarize="dynamic"),
     "learned sigma, annealed, free bits": _setting(191, 19, _ADAM, model=_SIGMA, objective=_FREE_BITS),
     "adamw, averaged": _setting(191, 19, _DECAYED, micro=2),
+    "conv, accumulated": _setting(191, 19, _CLIPPED, micro=2, model=_CONV),
     "deterministic": _setting(191, 19, _ADAM, deterministic=True),  # seven shards
     "deterministic, clipped": _setting(200, 20, _CLIPPED, deterministic=True),
     "deterministic, doubly reparameterised, binarised": _setting(
         191, 19, _ADAM, deterministic=True, objective=_DOUBLY, binarize="dynamic"
     ),
     "deterministic, adamw, averaged": _setting(191, 19, _DECAYED, deterministic=True),
+    "deterministic, resnet with attention": _setting(191, 19, _ADAM, deterministic=True, model=_RESNET),
     "deterministic, one image a step": _setting(10, 1, _ADAM, deterministic=True),
 }

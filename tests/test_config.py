@@ -48,6 +48,7 @@ def test_every_recipe_parses_and_says_what_it_is(recipe: Path) -> None:
         Config(trainer=TrainerConfig(precision="bf16", micro_batch_size=64, deterministic=True)),
         Config(optimizer=OptimizerConfig(kind="adamw", weight_decay=0.05, ema=0.999)),
         Config(model=ModelConfig(likelihood="gaussian", sigma=0.25)),
+        Config(model=ModelConfig(kind="resnet", halvings=3, latent="spatial", blocks=2, attention=8, recompute=True)),
         Config(objective=ObjectiveConfig(beta=0.5, anneal="cyclical", anneal_steps=9, free_bits=0.1, free_bits_per="group")),
         Config(model=ModelConfig(likelihood="gaussian", sigma="optimal"), objective=ObjectiveConfig(kind="iwae", samples=5)),
     ],
@@ -83,6 +84,18 @@ def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> 
         (["--optimizer.weight_decay", "0.1", "--optimizer.kind", "sgd"], ["--optimizer.weight_decay 0.1", "adamw"]),
         (["--optimizer.weight_decay", "-1", "--optimizer.kind", "adamw"], ["--optimizer.weight_decay -1", "0 or more"]),
         (["--trainer.micro_batch_size", "0"], ["--trainer.micro_batch_size 0"]),
+        (["--model.kind", "conv", "--model.hidden", "40"], ["--model.hidden 40", "--model.kind mlp alone"]),
+        (["--model.kind", "resnet", "--model.activation", "tanh"], ["--model.activation tanh", "mlp and conv alone"]),
+        (["--model.channels", "16"], ["--model.channels 16", "--model.kind conv and resnet alone"]),
+        (["--model.halvings", "2"], ["--model.halvings 2", "conv and resnet alone"]),
+        (["--model.latent", "spatial"], ["--model.latent spatial", "conv and resnet alone"]),
+        (["--model.kind", "conv", "--model.blocks", "2"], ["--model.blocks 2", "--model.kind resnet alone"]),
+        (["--model.kind", "conv", "--model.attention", "7"], ["--model.attention 7", "--model.kind resnet alone"]),
+        (["--model.kind", "conv", "--model.recompute", "true"], ["--model.recompute true", "--model.kind resnet alone"]),
+        (["--model.kind", "conv", "--model.channels", "0"], ["--model.channels 0", "at least 1"]),
+        (["--model.kind", "conv", "--model.halvings", "0"], ["--model.halvings 0", "at least 1"]),
+        (["--model.kind", "resnet", "--model.blocks", "0"], ["--model.blocks 0", "at least 1"]),
+        (["--model.kind", "resnet", "--model.attention", "-1"], ["--model.attention -1", "0 or more"]),
         (["--model.sigma", "0", "--model.likelihood", "gaussian"], ["--model.sigma 0", "a positive number"]),
         (["--model.sigma", "0.5"], ["--model.sigma 0.5", "--model.likelihood gaussian"]),
         (["--model.mixtures", "0", "--model.likelihood", "discretized_logistic"], ["--model.mixtures 0"]),
@@ -188,6 +201,8 @@ def test_differences_name_what_changes_a_runs_meaning() -> None:
         seed=1, output="y", data=DataConfig(root="/elsewhere"), trainer=TrainerConfig(epochs=99, micro_batch_size=3)
     )
     assert differences(old, harmless) == []
+    kept, again = (Config(model=ModelConfig(kind="resnet", recompute=recompute)) for recompute in (False, True))
+    assert differences(kept, again) == []
     falling = OptimizerConfig(schedule="linear")
     longer = Config(seed=1, optimizer=falling, trainer=TrainerConfig(epochs=99))
     assert differences(Config(seed=1, optimizer=falling), longer) == ["trainer.epochs: 10 there, 99 here"]
@@ -200,6 +215,8 @@ def test_a_config_from_before_a_field_was_there_has_its_default() -> None:
     old = to_mapping(Config(seed=4))
     del old["objective"], old["data"]["binarize"]
     del old["optimizer"]["weight_decay"], old["optimizer"]["ema"]
+    for name in ("channels", "halvings", "latent", "blocks", "attention", "recompute"):
+        del old["model"][name]
     for name in ("activation", "output_bias", "likelihood", "sigma", "mixtures"):
         del old["model"][name]
     assert from_mapping(old, "here") == Config(seed=4)

@@ -40,7 +40,8 @@ def exists(name: str) -> bool:
         return test.startswith("test_") and defines(ROOT / "tests" / file, [test])
     if name.startswith("--"):
         section, _, option = name.removeprefix("--").partition(".")
-        return defines(ROOT / "vae_dist" / "config.py", [f"{section.capitalize()}Config", option])
+        path = [f"{section.capitalize()}Config", option]
+        return any(defines(file, path) for file in (ROOT / "vae_dist" / "config").glob("*.py"))
     parts = name.split(".")
     places = [(ROOT.joinpath("vae_dist", *parts[:i]), parts[i:]) for i in range(1, len(parts))]
     return any(defines(place.with_suffix(".py"), rest) or defines(place / "__init__.py", rest) for place, rest in places)

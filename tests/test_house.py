@@ -11,6 +11,10 @@ import vae_dist
 from tests.helpers import ROOT
 
 ORDER = [
+    "config.checks",
+    "config.data",
+    "config.model",
+    "config.training",
     "config",
     "options",
     "noise",
@@ -23,10 +27,13 @@ ORDER = [
     "data.photos",
     "data.folder",
     "data.packed",
+    "data.bucket",
+    "data.stream",
     "data.packing",
     "data.sources",
-    "networks",
     "likelihoods",
+    "convolutions",
+    "networks",
     "model",
     "objective",
     "optimizer",
@@ -81,7 +88,8 @@ def test_every_module_has_its_place() -> None:
 
 @pytest.mark.parametrize("module", ORDER)
 def test_a_module_imports_only_from_those_above_it(module: str) -> None:
-    path = PACKAGE / (module.replace(".", "/") + ".py")
+    path = PACKAGE / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     assert imported(path) <= set(ORDER[: ORDER.index(module)])
 
 

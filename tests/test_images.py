@@ -52,11 +52,11 @@ def test_images_come_by_their_numbers_and_a_filler_is_the_first(images: Images) 
 
 def test_sets_agree_on_order_digest_and_black_and_white() -> None:
     resident, shelf, key = Resident(PIXELS), Shelf(PIXELS), derive_key(3, Stream.BINARY_TRAIN)
-    assert torch.equal(resident.order(1, 2), shelf.order(1, 2))
+    assert torch.equal(resident.order(1, 2, 8), shelf.order(1, 2, 8))
     assert resident.digest() == shelf.digest()
     binary = shelf.binarized(key)
     assert torch.equal(resident.binarized(key).pixels, first_images(binary, 50))
-    assert torch.equal(binary.order(1, 2), shelf.order(1, 2))
+    assert torch.equal(binary.order(1, 2, 8), shelf.order(1, 2, 8))
     assert binary.digest() != shelf.digest()
 
 

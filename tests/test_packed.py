@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -121,6 +122,28 @@ def test_images_come_by_their_numbers_across_shards_and_threads(side: str, pack:
     assert torch.equal(images.rows(torch.tensor([[2, -1]])), right[torch.tensor([[2, 0]])])
     steps = torch.randint(0, len(right), (40, 1, 9), generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.stack(list(images.stream(steps))), right[steps])
+
+
+def test_the_disk_is_asked_for_every_byte_of_a_batch_at_once(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Packed(pack / "train")
+    asked: list[tuple[int, int, int]] = []
+
+    class File:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def madvise(self, option: int, start: int, length: int) -> None:
+            assert option == mmap.MADV_WILLNEED
+            assert start % mmap.PAGESIZE == 0
+            asked.append((self.number, start, start + length))
+
+    files = [(pack / "train" / f"shard-{number:05d}.bin").read_bytes() for number in range(-(-len(images) // IN_SHARD))]
+    monkeypatch.setattr(images, "_files", [File(number) for number in range(len(files))])
+    numbers = torch.tensor([IN_SHARD, 0, len(images) - 1, IN_SHARD - 1, 3])
+    for image, (number, start, stop) in zip(images.fetch(numbers), asked, strict=True):
+        at = files[number].find(image.numpy().tobytes())
+        assert start <= at
+        assert stop == at + IMAGE_BYTES
 
 
 def test_a_pack_says_what_it_holds_and_how_to_train_from_it(pictures: Path, command: Command, tmp_path: Path) -> None:

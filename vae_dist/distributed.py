@@ -30,7 +30,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from vae_dist import __version__
-from vae_dist.config import InputError, TrainerConfig
+from vae_dist.config import ImagesLost, InputError, TrainerConfig
 from vae_dist.options import is_spokesman
 
 T = TypeVar("T")
@@ -242,6 +242,11 @@ def in_words(error: BaseException) -> str:
             "--trainer.timeout_minutes; start the same command again to go on from the newest checkpoint "
             f"({' '.join(str(error).split())[:300]})"
         )
+    if isinstance(error, ImagesLost):
+        return (
+            f"rank {os.environ.get('RANK', '0')}: {error}. When it can be had again, start the same command again to go on "
+            "from the newest checkpoint"
+        )
     return str(error) if isinstance(error, (InputError, OSError, TrainingFailed)) else repr(error)
 
 
@@ -257,10 +262,10 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
         status = main()
     except (InputError, OSError, RuntimeError) as error:
         is_input = isinstance(error, (InputError, OSError))
-        if not is_input and not isinstance(error, TrainingFailed) and not _is_lost_peer(error):
+        is_own = isinstance(error, (OSError, ImagesLost)) or _is_lost_peer(error)  # others may not know, or not be any more
+        if not is_input and not isinstance(error, TrainingFailed) and not is_own:
             raise
-        # What all ranks know is said once; the spokesman may be the very process that is lost.
-        if is_spokesman() or isinstance(error, OSError) or _is_lost_peer(error):
+        if is_spokesman() or is_own:  # what all ranks know is said once
             print(f"error: {in_words(error)}", file=sys.stderr, flush=True)
         status = EXIT_BAD_INPUT if is_input else EXIT_FAILED
     except KeyboardInterrupt:

@@ -24,6 +24,8 @@ FREE_FIELDS = frozenset(
         "resume",
         "data.root",
         "data.unreadable",
+        "data.cache_gb",
+        "model.recompute",
         "trainer.epochs",
         "trainer.cuda_graph",
         "trainer.compile",

@@ -122,7 +122,7 @@ class Trainer:
         """For each step of an epoch from `first` on: this rank's images, uint8 (rounds, rows, *image_shape), their numbers,
         (rounds, rows), and their noise, (rounds, rows, …).
         """
-        order = self.train.order(self.config.seed, epoch)
+        order = self.train.order(self.config.seed, epoch, self.partition.batch_size)
         steps = self.partition.of_rank(order, self.accelerator.process_index)[first:]
         self.step.begin_epoch(epoch)
         yield from zip(self.train.stream(steps), steps, self._noise(epoch, steps), strict=True)

@@ -49,8 +49,8 @@ class Images(ABC):
         """`rows` of each of some steps, int64 (steps, …), one after the other."""
         return map(self.rows, steps)
 
-    def order(self, seed: int, epoch: int) -> Tensor:
-        """The order in which an epoch of training takes them, int64 (n,), on the device."""
+    def order(self, seed: int, epoch: int, batch_size: int) -> Tensor:
+        """The order in which an epoch of training takes them in batches, int64 (n,), on the device."""
         return epoch_order(seed, epoch, len(self), self.device)
 
     def blocks(self) -> Iterator[Tensor]:
@@ -96,6 +96,9 @@ class HostImages(Images):
     def fetch(self, indices: Tensor) -> Tensor:
         """The images with some numbers, int64 (n,): uint8 (n, *shape), both on the host. Called by several threads."""
 
+    def announce(self, steps: Tensor) -> None:
+        """Says which images will be fetched next, int64 (steps, …) on the host with fillers, and that no others will."""
+
     def to(self, device: torch.device) -> "HostImages":
         self.device = device
         return self
@@ -108,8 +111,10 @@ class HostImages(Images):
 
     def stream(self, steps: Tensor) -> Iterator[Tensor]:
         pool, ahead = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch"), deque[Future[Tensor]]()
+        steps = steps.cpu()
+        self.announce(steps)
         try:
-            for indices in steps.cpu():
+            for indices in steps:
                 ahead.append(pool.submit(self._fetched, indices))
                 if len(ahead) > _STEPS_AHEAD:
                     yield self._on_device(ahead.popleft().result())
@@ -117,6 +122,7 @@ class HostImages(Images):
                 yield self._on_device(ahead.popleft().result())
         finally:
             pool.shutdown(cancel_futures=True)
+            self.announce(steps[:0])
 
     def _fetched(self, indices: Tensor) -> Tensor:
         found = self.fetch(indices.flatten().clamp(min=0)).view(*indices.shape, *self.shape)
@@ -142,5 +148,8 @@ class _Binarized(HostImages):
     def fetch(self, indices: Tensor) -> Tensor:
         return white(self._grey.fetch(indices), indices, self._key)
 
-    def order(self, seed: int, epoch: int) -> Tensor:
-        return self._grey.order(seed, epoch)
+    def announce(self, steps: Tensor) -> None:
+        self._grey.announce(steps)
+
+    def order(self, seed: int, epoch: int, batch_size: int) -> Tensor:
+        return self._grey.order(seed, epoch, batch_size).to(self.device)

@@ -1,5 +1,7 @@
 """Which image belongs to which step, rank and round: functions of (seed, epoch) and of the sizes alone."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from vae_dist.noise import Stream, derive_key, permutation
 
 FILLER = -1  # stands where no image is, so that every round of every step on every rank has one shape; its weight is zero
+LANES = 16  # files that are mixed in a batch, where images lie in files and some of these are far away
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,25 @@ def even_rows(batch_size: int, world_size: int, micro_batch_size: int | None) ->
 def epoch_order(seed: int, epoch: int, images: int, device: torch.device | str = "cpu") -> Tensor:
     """The order of the training images in an epoch, int64 (images,)."""
     return permutation(derive_key(seed, Stream.ORDER, epoch), images, device)
+
+
+def sharded_epoch_order(seed: int, epoch: int, shards: Sequence[int], batch_size: int) -> Tensor:
+    """The order of the training images in an epoch where few shards can be at hand at once, int64 (images,) on the host.
+
+    The shards, of so many images each, are shuffled, and so are the images of each. This sequence is cut into lanes, and every
+    whole batch takes the next few of each lane; what is left is the last batch. Since a rank takes neighbouring rows of each
+    batch, it reads a part of the sequence that is its own, and one shard of each of its lanes at a time, or two where one ends.
+    """
+    starts = list(itertools.accumulate(shards, initial=0))
+    key = derive_key(seed, Stream.ORDER, epoch)
+    shuffled = permutation(key, len(shards)).tolist()
+    of_shards = [starts[i] + permutation(derive_key(seed, Stream.ORDER, epoch, i), shards[i]) for i in shuffled]
+    sequence = torch.cat(of_shards)
+    steps = len(sequence) // batch_size
+    rows = torch.arange(batch_size)
+    lanes = rows * min(LANES, batch_size) // batch_size
+    widths = lanes.bincount()
+    first_rows = widths.cumsum(0) - widths
+    width, first_row = widths[lanes], first_rows[lanes]  # of each row's lane
+    places = first_row * steps + torch.arange(steps).unsqueeze(1) * width + rows - first_row
+    return torch.cat([sequence[places.flatten()], sequence[steps * batch_size :]])

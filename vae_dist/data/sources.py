@@ -14,6 +14,7 @@ from vae_dist.data import colour_glyphs, glyphs, packing
 from vae_dist.data.idx import read_idx
 from vae_dist.data.images import Images, Resident
 from vae_dist.data.packed import Packed
+from vae_dist.data.stream import Streamed
 
 _STALL_SECONDS = 60.0  # without a byte from a server that answered
 _PROBE_SECONDS = 6.0  # for a first answer of the servers; a missing network must not cost more
@@ -47,6 +48,8 @@ def load(config: DataConfig, train: bool) -> Images:
     if config.name in ("folder", "celeba", "packed"):
         home = Path(config.root) if config.name == "packed" else packing.cache_folder(config)
         return Packed(home / ("train" if train else "test"))
+    if config.name == "stream":
+        return Streamed(config, "train" if train else "test")
     if config.name == "cifar10":
         return _load_cifar10(Path(config.root), train)
     return _load_idx(_IDX_SETS[config.name], Path(config.root), train)
@@ -60,7 +63,7 @@ def fetch_missing(config: DataConfig) -> None:
     if config.name in ("folder", "celeba"):
         packing.prepare(config)
     root = Path(config.root)
-    if config.name in (*_EMBEDDED, "folder", "celeba", "packed") or not (missing := _missing(config.name, root)):
+    if config.name in (*_EMBEDDED, "folder", "celeba", "packed", "stream") or not (missing := _missing(config.name, root)):
         return
     from torchvision import datasets  # costs seconds: only where it is needed
 
