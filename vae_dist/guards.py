@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config
-from vae_dist.data.order import Partition, epoch_order
+from vae_dist.data.images import Images
+from vae_dist.data.order import Partition
 from vae_dist.distributed import TrainingFailed, differences_of_ranks
 from vae_dist.optimizer import learning_rate
 
@@ -20,7 +21,9 @@ REMEDY = (
 _IMAGES_NAMED, _TENSORS_NAMED = 16, 4
 
 
-def divergence(config: Config, partition: Partition, accelerator: Accelerator, sums: Tensor, first_step: int) -> TrainingFailed:
+def divergence(
+    config: Config, images: Images, partition: Partition, accelerator: Accelerator, sums: Tensor, first_step: int
+) -> TrainingFailed:
     """The error that says in which step a loss was no number first, and of which images. All ranks call it.
 
     `sums`, (steps, columns), are this rank's in the steps from `first_step` on, of one epoch; some rank's are not finite.
@@ -31,9 +34,9 @@ def divergence(config: Config, partition: Partition, accelerator: Accelerator, s
     ranks = broken[:, offset].nonzero().flatten().tolist()
     step = first_step + offset
     epoch, number = divmod(step, partition.steps)
-    order = epoch_order(config.seed, epoch + 1, partition.images, torch.device("cpu"))
-    images = torch.cat([partition.of_rank(order, rank)[number].flatten() for rank in ranks])
-    indices = images[images >= 0].tolist()
+    order = images.order(config.seed, epoch + 1, partition.batch_size).cpu()
+    taken = torch.cat([partition.of_rank(order, rank)[number].flatten() for rank in ranks])
+    indices = taken[taken >= 0].tolist()
     rate = learning_rate(config.optimizer, step, partition.steps, config.trainer.epochs)
     return TrainingFailed(
         f"the training loss is not finite any more: step {step + 1} (epoch {epoch + 1}), learning rate {rate:g}, "

@@ -177,7 +177,7 @@ class Trainer:
             self.accelerator, torch.cat([self._sums.sum(0), torch.stack(noise)])
         )
         if not all(map(math.isfinite, sums)):
-            raise divergence(self.config, self.partition, self.accelerator, self._sums, self._reduced_step)
+            raise divergence(self.config, self.train, self.partition, self.accelerator, self._sums, self._reduced_step)
         self._sums.zero_()
         self._reduced_step = self.progress.step
         found = Sums.of_columns(*sums)
