@@ -211,6 +211,7 @@ def write_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
         (damage_index(lambda index: index["vae_dist"].update(shape=[3, 4, 5])), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"].pop()), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"][0].update(sha256="0")), "index.json: damaged"),
+        (damage_index(lambda index: index["chunks"][0].update(chunk_bytes=9)), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"][0].update(filename="../../x")), "index.json: damaged"),
     ],
 )
@@ -259,6 +260,22 @@ def test_unreadable_files_are_all_found_and_refused_or_skipped(pictures: Path, c
     packing.plan_of.cache_clear()
     skip = ["--data.unreadable", "skip", "--trainer.epochs", 1]
     assert command("train", *train, "--output", tmp_path / "run", *skip).status == 0
+
+
+def test_pictures_that_changed_under_an_unfinished_pack_are_decoded_anew(
+    pictures: Path, command: Command, tmp_path: Path
+) -> None:
+    root, out = tmp_path / "pictures", tmp_path / "pack"
+    shutil.copytree(pictures, root)
+    (root / "bad.png").touch()
+    refused(command("pack", root, out, "--size", SIZE + 1), "1 of 61 files")
+    refused(command("pack", root, out, "--size", SIZE), "1 of 61 files")
+    (root / "bad.png").unlink()
+    Image.new("RGB", (6, 6), (255, 0, 0)).save(root / "0" / "0.png")
+    assert command("pack", root, out, "--size", SIZE).status == 0
+    packing.plan_of.cache_clear()
+    for side in ("train", "test"):
+        assert torch.equal(torch.cat(list(Packed(out / side).blocks())), expected(root, side))
 
 
 def test_a_side_that_has_only_unreadable_files_is_refused(command: Command, tmp_path: Path) -> None:
@@ -355,11 +372,21 @@ def test_a_changed_folder_is_decoded_anew(pictures: Path, tmp_path: Path, capsys
 def test_a_full_disk_is_one_error_with_a_way_out(
     pictures: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tried = []
+
     def full(file: Path, content: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
+    def slow(*args: Any) -> bytes:
+        tried.append(args)
+        time.sleep(0.02)
+        return decode(*args)
+
     monkeypatch.setattr(packing, "write_atomically", full)
-    refused(command("pack", pictures, tmp_path / "out"), "shard-00000.bin: No space left on device; make room")
+    monkeypatch.setattr(packing, "decode", slow)
+    options = ["--size", SIZE, "--workers", 1]
+    refused(command("pack", pictures, tmp_path / "out", *options), "shard-00000.bin: No space left on device; make room")
+    assert len(tried) < 2 * IN_SHARD, "nothing is decoded that cannot be written"
     train = ["--data.name", "folder", "--data.root", pictures, "--data.image_size", SIZE, "--output", tmp_path / "run"]
     refused(command("train", *train), "No space left on device; set XDG_CACHE_HOME")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
