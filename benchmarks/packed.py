@@ -45,6 +45,7 @@ def main(options: list[str] | None = None) -> int:
     parser.add_argument("--memory", type=int, help="instead: an epoch of a set 2.5 times as large as so many MiB, within them")
     parser.add_argument("--scratch", type=Path, help="folder of the pictures, on a disk; default: the system's for such")
     args = parser.parse_args(options)
+    torch.set_num_threads(1)  # a second one of torch's would share its core with a thread that fetches, and be waited for
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         found = within_memory(Path(scratch), args.memory) if args.memory else compare(Path(scratch), args.images, args.rounds)
     print(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), **found}))
