@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -147,6 +149,44 @@ def test_the_disk_is_asked_for_every_byte_of_a_batch_at_once(pack: Path, monkeyp
         assert stop == at + IMAGE_BYTES
 
 
+def test_the_shards_of_a_batch_are_looked_up_once(pack: Path) -> None:
+    class Ends:
+        looked_up = 0
+
+        def __array__(self, *_: object, **__: object) -> "np.ndarray[Any, Any]":
+            self.looked_up += 1
+            return ends
+
+        def __getitem__(self, shard: Any) -> Any:
+            return ends[shard]
+
+    images = Packed(pack / "train")
+    ends = images._ends
+    images.__dict__["_ends"] = counted = Ends()
+    images.fetch(torch.arange(20))
+    assert counted.looked_up == 1
+
+
+def test_two_sets_may_be_open_whose_files_only_together_are_too_many(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(packed, "_SPARE_FILES", 4)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, limits[1]))
+    try:
+        held = [Packed(pack / side) for side in ("train", "train", "test")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(held) == 3
+
+
+def test_a_file_that_cannot_be_mapped_is_named(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(OSError, match=r"Too many open files: '.*shard-00000\.bin'"):
+        packed.mapped(pack / "test" / "shard-00000.bin", 1, IMAGE_BYTES)
+
+
 def test_a_pack_says_what_it_holds_and_how_to_train_from_it(pictures: Path, command: Command, tmp_path: Path) -> None:
     out = tmp_path / "pack"
     first = command("pack", pictures, out, "--size", SIZE)
@@ -193,6 +233,21 @@ def damage_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path],
     return damage
 
 
+def rename(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda index: index["chunks"][0].update(filename=name)
+
+
+def other_checksum(word: str) -> Callable[[dict[str, Any]], object]:
+    """The index of somebody who means harm: its own digest is right."""
+
+    def change(index: dict[str, Any]) -> None:
+        index["chunks"][0]["sha256"] = word
+        parts = [*map(str, index["vae_dist"]["shape"]), *(chunk["sha256"] for chunk in index["chunks"])]
+        index["updated_at"] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    return change
+
+
 def write_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda side: (side / "shard-00001.bin").write_bytes(change((side / "shard-00001.bin").read_bytes()))
 
@@ -213,7 +268,10 @@ def write_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
         (damage_index(lambda index: index["chunks"].pop()), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"][0].update(sha256="0")), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"][0].update(chunk_bytes=9)), "index.json: damaged"),
-        (damage_index(lambda index: index["chunks"][0].update(filename="../../x")), "index.json: damaged"),
+        *((damage_index(rename(name)), "index.json: damaged") for name in ("../../x.bin", "..", "", "a\0.bin", "x", "a/b.bin")),
+        (damage_index(lambda index: index["chunks"][0].update(chunk_size=math.inf)), "index.json: not an index"),
+        (damage_index(other_checksum("../../../x")), "index.json: damaged"),
+        (damage_index(other_checksum("A" * 64)), "index.json: damaged"),
     ],
 )
 def test_a_damaged_pack_is_refused_by_file(damage: Callable[[Path], object], told: str, pack: Path) -> None:
