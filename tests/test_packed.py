@@ -483,6 +483,8 @@ def test_celeba_is_cut_and_decoded_like_any_folder(tmp_path: Path) -> None:
         ([], "name the folder of the pictures"),
         (["one"], "name the folder of the pictures"),
         (["one", "two", "--verify", "three"], "name the folder of the pictures"),
+        (["one", "--verify", "three"], "name the folder of the pictures"),
+        (["one", "two", "--data", "celeba", "--test_share", 0.2], "--test_share 0.2: must be left out: CelebA has"),
         (["nowhere", "out"], "nowhere: no such folder"),
         (["one", "two", "--size", 0], "--size 0"),
         (["one", "two", "--test_share", 1], "--test_share 1"),
