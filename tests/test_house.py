@@ -30,6 +30,7 @@ ORDER = [
     "data.bucket",
     "data.stream",
     "data.packing",
+    "data.cache",
     "data.sources",
     "likelihoods",
     "convolutions",

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from tests.helpers import ROOT, Outcome, environment, everything, records, refused
 from vae_dist.config import DataConfig, InputError
-from vae_dist.data import folder, packed, packing, sources
+from vae_dist.data import cache, folder, packed, packing, sources
 from vae_dist.data.images import Images, Resident
 from vae_dist.data.packed import Packed
 from vae_dist.data.photos import Decoding, decode
@@ -67,7 +66,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Shards of seven images, a cache of one's own, and a folder looked at anew."""
     monkeypatch.setattr(packed, "SHARD_BYTES", SHARD_BYTES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    packing.plan_of.cache_clear()
+    cache.prepare.cache_clear()
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def config(root: Path, **options: Any) -> DataConfig:
 
 def expected(root: Path, side: str) -> Tensor:
     """The images of a side, decoded one by one."""
-    found = packing.plan_of(config(root))
+    found = folder.plan(config(root))
     files = found.train if side == "train" else found.test
     content = b"".join(decode(root / picture.path, Decoding(SIZE, 3)) for picture in files)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 3, SIZE, SIZE)
@@ -200,7 +199,8 @@ def test_a_pack_says_what_it_holds_and_how_to_train_from_it(pictures: Path, comm
     assert set(before) == {
         f"{side}/{name}"
         for side in ("train", "test")
-        for name in ["index.json", *(path.name for path in (out / side).glob("shard-*.bin"))]
+        for shard in (out / side).glob("shard-*.bin")
+        for name in ("index.json", shard.name, f".{shard.stem}.json")
     }
 
 
@@ -211,8 +211,8 @@ def test_packed_folder_and_memory_are_one_data_set(
     of_folder = ["--data.name", "folder", "--data.root", pictures, "--data.image_size", SIZE]
     load = sources.load
 
-    def in_memory(config: DataConfig, train: bool) -> Images:
-        images = load(config, train)
+    def in_memory(config: DataConfig, train: bool, home: Path | None) -> Images:
+        images = load(config, train, home)
         return Resident(images.rows(torch.arange(len(images))))
 
     assert command("train", *options, *of_folder, "--output", tmp_path / "folder").status == 0
@@ -316,7 +316,6 @@ def test_unreadable_files_are_all_found_and_refused_or_skipped(pictures: Path, c
     refused(command("pack", root, out, "--size", SIZE), "cannot be read")
     train = ["--data.name", "folder", "--data.root", root, "--data.image_size", SIZE, "--tracking.wandb", "disabled"]
     refused(command("train", *train, "--output", tmp_path / "run"), "cannot be read", "--data.unreadable skip")
-    packing.plan_of.cache_clear()
     skip = ["--data.unreadable", "skip", "--trainer.epochs", 1]
     assert command("train", *train, "--output", tmp_path / "run", *skip).status == 0
 
@@ -332,7 +331,6 @@ def test_pictures_that_changed_under_an_unfinished_pack_are_decoded_anew(
     (root / "bad.png").unlink()
     Image.new("RGB", (6, 6), (255, 0, 0)).save(root / "0" / "0.png")
     assert command("pack", root, out, "--size", SIZE).status == 0
-    packing.plan_of.cache_clear()
     for side in ("train", "test"):
         assert torch.equal(torch.cat(list(Packed(out / side).blocks())), expected(root, side))
 
@@ -356,6 +354,53 @@ def test_a_folder_of_something_else_is_left_alone(pack: Path, pictures: Path, co
     (tmp_path / "file").touch()
     refused(command("pack", pictures, tmp_path / "file"), "is a file")
     refused(command("pack", pictures, tmp_path / "file" / "below"), str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "name", [".notes", "train/.notes", "train/.ipynb_checkpoints/a", "test/shard-00009.bin/a", "train/index"]
+)
+def test_hidden_files_of_somebody_else_are_neither_removed_nor_taken_for_ours(
+    name: str, pack: Path, pictures: Path, command: Command
+) -> None:
+    (pack / name).parent.mkdir(exist_ok=True)
+    (pack / name).touch()
+    (pack / "train" / "index.json").unlink()
+    refused(command("pack", pictures, pack, "--size", SIZE), f"{pack}: holds {name.removesuffix('/a')}, which is no part")
+    assert (pack / name).exists()
+
+
+def test_what_a_kill_leaves_half_written_is_ours(whole: Path, pack: Path, pictures: Path, command: Command) -> None:
+    (pack / "train" / "index.json").unlink()
+    for name in ("shard-00001.bin", ".shard-00001.json", "index.json"):
+        (pack / "train" / f".{name}.unfinished").touch()
+    (pack / ".unreadable.txt.unfinished").touch()
+    assert command("pack", pictures, pack, "--size", SIZE).status == 0
+    assert everything(pack) == everything(whole)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"")])
+def test_a_lost_shard_is_written_again(
+    damage: Callable[[Path], object], whole: Path, pack: Path, pictures: Path, command: Command
+) -> None:
+    damage(pack / "train" / "shard-00001.bin")
+    outcome = command("pack", pictures, pack, "--size", SIZE)
+    assert f"decoding the last {IN_SHARD} of {PICTURES} pictures" in outcome.out
+    assert everything(pack) == everything(whole)
+
+
+def test_an_index_of_something_else_is_left_alone(pictures: Path, command: Command, tmp_path: Path) -> None:
+    for side in ("train", "test"):
+        (tmp_path / "out" / side).mkdir(parents=True)
+        (tmp_path / "out" / side / "index.json").write_text("{}")
+    refused(command("pack", pictures, tmp_path / "out"), "index.json: damaged, or of no pack; name a new folder, or remove it")
+    assert (tmp_path / "out" / "train" / "index.json").read_text() == "{}"
+
+
+def test_a_pipe_among_the_pictures_is_told_like_any_unreadable_file(pictures: Path, command: Command, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    os.mkfifo(root / "pipe.png")
+    refused(command("pack", root, tmp_path / "out", "--size", SIZE), "pipe.png: not a regular file")
 
 
 SLOW = """
@@ -391,43 +436,6 @@ def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(
     assert everything(out) == everything(whole)
 
 
-def test_two_jobs_at_once_decode_once(pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    calls = []
-
-    def slow(*args: Any) -> bytes:
-        calls.append(args)
-        time.sleep(0.002)
-        return decode(*args)
-
-    monkeypatch.setattr(packing, "decode", slow)
-    with ThreadPoolExecutor(2) as jobs:
-        list(jobs.map(packing.prepare, [config(pictures)] * 2))
-    assert len(calls) == PICTURES
-    assert "waiting for another process" in capsys.readouterr().out
-    assert torch.equal(sources.load(config(pictures), train=True).rows(torch.arange(9)), expected(pictures, "train")[:9])
-
-
-def test_a_changed_folder_is_decoded_anew(pictures: Path, tmp_path: Path, capsys: Any) -> None:
-    root = tmp_path / "pictures"
-    root.mkdir()
-    for number, file in enumerate(sorted((pictures / "0").iterdir())):
-        (root / f"{number}.png").write_bytes(file.read_bytes())
-
-    def digest() -> str:
-        packing.plan_of.cache_clear()
-        sources.fetch_missing(config(root))
-        return sources.load(config(root), train=True).digest()
-
-    before = digest()
-    assert str(tmp_path / "cache" / "vae_dist") in capsys.readouterr().out, "the line that says where it goes"
-    assert digest() == before
-    assert capsys.readouterr().out == ""
-    for name in ("0.png", "1.png", "2.png"):
-        Image.new("RGB", (6, 6), (255, 0, 0)).save(root / name)
-    assert digest() != before
-    assert "decoding 30 pictures" in capsys.readouterr().out
-
-
 def test_a_full_disk_is_one_error_with_a_way_out(
     pictures: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,12 +461,6 @@ def test_a_full_disk_is_one_error_with_a_way_out(
     refused(command("train", *train), f"no room: {PICTURES} images take 0.0 MiB, and 0.0 MiB are free; set XDG_CACHE_HOME")
 
 
-def test_an_unwritable_cache_is_one_error(pictures: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").touch()
-    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
-        packing.prepare(config(pictures))
-
-
 def test_celeba_is_cut_and_decoded_like_any_folder(tmp_path: Path) -> None:
     home = tmp_path / "celeba"
     (home / "img_align_celeba").mkdir(parents=True)
@@ -468,8 +470,8 @@ def test_celeba_is_cut_and_decoded_like_any_folder(tmp_path: Path) -> None:
         face.paste(colour, (19, 39, 159, 179))  # the 140 x 140 in the middle
         face.save(home / "img_align_celeba" / f"{name}.jpg", quality=100, subsampling=0)
     celeba = DataConfig(name="celeba", root=str(tmp_path))
-    sources.fetch_missing(celeba)
-    train, test = sources.load(celeba, train=True), sources.load(celeba, train=False)
+    decoded = sources.fetch_missing(celeba)
+    train, test = sources.load(celeba, True, decoded), sources.load(celeba, False, decoded)
     assert (len(train), len(test), train.shape) == (1, 1, (3, 64, 64))
     for images, channel in ((train, 0), (test, 2)):
         colours = images.rows(torch.tensor([0]))[0].float().mean(dim=(1, 2))
