@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -201,6 +202,41 @@ def test_a_server_that_stays_broken_is_given_up_in_time(
     assert all(file.suffix in (".bin", ".lock") for file in (tmp_path / "cache" / "vae_dist").iterdir()), "nothing torn is kept"
     if fault == "vanish":
         way.open()
+
+
+def test_a_lost_shard_ends_all_waiting_until_others_are_expected() -> None:
+    """Patience is spent once: not again by those who wait for other shards, nor by those who come later."""
+    asked, is_gone, ended = [], threading.Event(), threading.Event()
+
+    def open_shard(number: int) -> packed.Mapped:
+        asked.append(number)
+        (is_gone if number == 0 else ended).wait(60)
+        raise OSError(f"no shard {number}")
+
+    shelf, told = stream._Shelf(open_shard, 4, most=0), []  # none ahead: each is asked for by who needs it
+
+    def need(number: int) -> None:
+        with pytest.raises(ImagesLost) as lost:
+            shelf.get(number)
+        told.append(str(lost.value))
+
+    shelf.expect([0, 1, 2, 3], np.ones(4, np.int64))
+    needing = [threading.Thread(target=need, args=(number,)) for number in (0, 1)]
+    for thread in needing:
+        thread.start()
+    while len(asked) < 2:
+        time.sleep(0.001)
+    is_gone.set()
+    for thread in needing:
+        thread.join(10)
+    assert told == ["no shard 0"] * 2, "who waits for shard 1 waits no longer"
+    need(2)
+    assert told[2:] == ["no shard 0"]
+    assert sorted(asked) == [0, 1], "shard 2 was not even asked for"
+    ended.set()
+    shelf.expect([2], np.ones(4, np.int64))
+    need(2)
+    assert told[3:] == ["no shard 2"], "a new pass asks again"
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from pathlib import Path
 
@@ -87,12 +87,13 @@ class _Shelf:
         self._shards: dict[int, Future[Mapped]] = {}
         self._plan = deque[int]()  # to be opened ahead
         self._uses = np.zeros(shards, np.int64)  # images of each shard that will still be taken
+        self._lost: Future[Mapped] = Future()  # fails with the first expected shard that somebody needs and cannot have
         self._changed = threading.Condition()
 
     def expect(self, numbers: list[int], uses: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> None:
         """Opens shards ahead in this order, in threads, in place of those that were expected before."""
         with self._changed:
-            self._uses = uses
+            self._uses, self._lost = uses, Future()
             self._plan = deque(numbers)
             self._close_unused()
         for _ in range(min(_FETCHERS, len(numbers))):
@@ -105,15 +106,23 @@ class _Shelf:
             self._close_unused()
 
     def get(self, number: int) -> Mapped:
-        """An open shard. Raises ImagesLost where it cannot be had."""
+        """An open shard. Raises ImagesLost where it cannot be had; then everybody else, too, until the next `expect`.
+
+        For a server that is gone is gone for all shards: who waits for another, or would begin to, would double the patience.
+        """
         with self._changed:
-            future = self._shards.get(number)
-            is_first = future is None
-            if future is None:
+            lost, future = self._lost, self._shards.get(number)
+            if future is None and not lost.done():
                 future = self._shards[number] = Future()
-        if is_first:
-            self._fill(number, future)
-        return future.result()
+                threading.Thread(target=self._fill, args=(number, future), name="fetch shard", daemon=True).start()
+        if future is not None and not future.done():
+            wait((future, lost), return_when=FIRST_COMPLETED)
+        found = future if future is not None and future.done() else lost
+        if (error := found.exception()) is not None:
+            with self._changed:
+                if self._uses[number] > 0 and not lost.done():
+                    lost.set_exception(error)
+        return found.result()
 
     def _work(self, plan: deque[int]) -> None:
         """In a thread: opens the shards of a plan until it is done, or there is another."""
