@@ -160,6 +160,25 @@ def test_a_full_disk_is_named(way: Way, tmp_path: Path, monkeypatch: pytest.Monk
         Streamed(config(), "train").rows(torch.tensor([5]))
 
 
+def test_a_folder_that_is_replaced_during_a_run_is_not_read_in_silence(folder: Path, tmp_path: Path, pixels: Tensor) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    images = Streamed(config(tmp_path / "copy"), "train")
+    shards = sorted((tmp_path / "copy" / "train").glob("shard-*.bin"))
+    first = torch.arange(PER_SHARD)
+
+    shutil.copy(shards[0], shards[1])  # of the same size
+    with pytest.raises(ImagesLost, match=r"copy/train/shard-00001.bin: was replaced: its SHA-256 is not the one in index.json"):
+        images.rows(first + PER_SHARD)
+    os.truncate(shards[2], 5000)
+    with pytest.raises(ImagesLost, match=r"copy/train/shard-00002.bin: truncated: it has 5000 bytes, index.json promises 31"):
+        images.rows(first + 2 * PER_SHARD)
+    shards[3].unlink()
+    with pytest.raises(ImagesLost, match=r"copy/train/shard-00003.bin: No such file or directory"):
+        images.rows(first + 3 * PER_SHARD)
+    os.utime(shards[0])  # copied again, and the same
+    assert torch.equal(images.rows(first), pixels[first])
+
+
 def test_litdata_reads_the_same_files(folder: Path, pixels: Tensor) -> None:
     """What we stream with LitData's downloader is a data set for anybody's LitData."""
     from litdata import StreamingDataset
