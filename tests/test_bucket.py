@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.object_storage import PER_SHARD, SHARDS, TEST_SHARDS, TRAIN, Way, config
+from tests.object_storage import BUCKET, PER_SHARD, SHARDS, TEST_SHARDS, TRAIN, Way, config
 from vae_dist.config import ImagesLost, InputError
 from vae_dist.data import bucket, packed, stream
 from vae_dist.data.stream import Streamed
@@ -100,6 +100,24 @@ def test_nobody_writes_the_cache_while_another_does(way: Way, tmp_path: Path, mo
         assert not list((tmp_path / "cache" / "vae_dist").glob("*.bin"))
     reader.join(10)
     assert not reader.is_alive()
+
+
+def test_attempts_are_a_number_and_pauses_between_them_do_not_grow_forever(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("many", "0", "-1", ""):
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", wrong)
+        with pytest.raises(InputError, match=rf"^AWS_MAX_ATTEMPTS {wrong}: must be a whole number of at least 1$"):
+            Streamed(config(), "train")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2000")
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def fail() -> None:
+        raise OSError("in vain")
+
+    with pytest.raises(ImagesLost, match="in vain"):
+        bucket.Bucket(f"s3://{BUCKET}/set/train", 0)._patiently("shard", fail)
+    assert len(pauses) == 1999
+    assert max(pauses) <= 48
 
 
 def test_a_full_disk_is_named(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,14 +28,15 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _STALL_SECONDS = 30.0  # without a byte; a slow server may take as long as it likes otherwise
 _ATTEMPTS = 6  # unless AWS_MAX_ATTEMPTS says otherwise
-_FIRST_PAUSE_SECONDS = 0.5  # it doubles: a server may be away for a quarter of a minute
+_FIRST_PAUSE_SECONDS = 0.5  # it doubles, some times: a server may be away for a quarter of a minute
+_DOUBLINGS = 6
 
 
 class Bucket:
     """One side of a packed set, `s3://bucket/prefix/train` or `…/test`, and the shards of any set that this machine keeps."""
 
     def __init__(self, address: str, cache_bytes: int) -> None:
-        """Shards are kept in at most so many bytes. Raises InputError where LitData is missing."""
+        """Shards are kept in at most so many bytes. Raises InputError where LitData is missing, or AWS_MAX_ATTEMPTS wrong."""
         try:
             from botocore.config import Config
             from litdata.streaming.downloader import get_downloader
@@ -44,7 +45,7 @@ class Bucket:
             raise InputError(
                 f"--data.root {address}: object storage needs LitData ({error}): pip install 'vae_dist[stream]'"
             ) from None
-        self._address, self._cache_bytes = address, cache_bytes
+        self._address, self._cache_bytes, self._attempts = address, cache_bytes, _attempts()
         self._verified = set[str]()  # SHA-256 of shards that this process read in the cache
         self._cache = Path(get_default_cache_dir()) / "vae_dist"  # where LITDATA_CACHE_DIR says, if it is set
         limits = Config(
@@ -112,14 +113,13 @@ class Bucket:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        attempts = max(1, int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)))
-        for attempt in range(1, attempts + 1):
+        for attempt in range(1, self._attempts + 1):
             try:
                 return action()
             except (Boto3Error, BotoCoreError, ClientError, OSError, ValueError) as error:
-                if attempt == attempts or _is_final(error):
+                if attempt == self._attempts or _is_final(error):
                     raise ImagesLost(f"{self._address}/{name}{_endpoint()}: {' '.join(str(error).split())}") from None
-            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, _DOUBLINGS) * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
 
     def _keep(self, content: bytes, file: Path) -> None:
@@ -163,6 +163,13 @@ def _alone(file: Path) -> Iterator[None]:
 
     with FileLock(f"{file}.lock"):
         yield
+
+
+def _attempts() -> int:
+    told = os.environ.get("AWS_MAX_ATTEMPTS", f"{_ATTEMPTS}")
+    if not told.isdecimal() or int(told) < 1:
+        raise InputError(f"AWS_MAX_ATTEMPTS {told}: must be a whole number of at least 1")
+    return int(told)
 
 
 def _is_final(error: Exception) -> bool:
