@@ -153,7 +153,7 @@ def test_a_run_whose_server_vanishes_says_so_and_goes_on_when_it_is_back(
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert any("shard-" in line and f"at http://127.0.0.1:{way.port}" in line for line in told), done.stderr
-    assert any("start the same command again" in line for line in told)
+    assert any("start the same command again; a training goes on from its newest checkpoint" in line for line in told)
     assert "vae_dist/train.py" not in done.stderr, "no traceback of ours"
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     refused(command("train", *command_line), f"at http://127.0.0.1:{way.port}", "AWS_ENDPOINT_URL")
