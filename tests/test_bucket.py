@@ -196,6 +196,7 @@ def test_a_lost_shard_ends_all_waiting_until_others_are_expected() -> None:
     shelf.expect([2], np.ones(4, np.int64))
     need(2)
     assert told[3:] == ["no shard 2"], "a new pass asks again"
+    shelf.expect([], np.zeros(4, np.int64))  # its threads end
 
 
 def test_without_credentials_or_with_a_bad_endpoint_it_is_refused_at_once(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:

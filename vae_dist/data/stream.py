@@ -121,7 +121,7 @@ class _Shelf:
             self._plan = deque(numbers)
             self._close_unused()
         for _ in range(min(_FETCHERS, len(numbers))):
-            threading.Thread(target=self._work, args=(self._plan,), name="fetch shards", daemon=True).start()
+            threading.Thread(target=self._work, args=(self._plan,), name="shards ahead", daemon=True).start()
 
     def take(self, images: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> None:
         """Says how many images of each shard were taken."""
@@ -138,7 +138,7 @@ class _Shelf:
             lost, future = self._lost, self._shards.get(number)
             if future is None and not lost.done():
                 future = self._shards[number] = Future()
-                threading.Thread(target=self._fill, args=(number, future), name="fetch shard", daemon=True).start()
+                threading.Thread(target=self._fill, args=(number, future), name="shard needed", daemon=True).start()
         if future is not None and not future.done():
             wait((future, lost), return_when=FIRST_COMPLETED)
         found = future if future is not None and future.done() else lost
