@@ -29,7 +29,8 @@ class DataConfig:
     unreadable: Literal["refuse", "skip"] = "refuse"
     """Of folder and celeba: what to do where files are no whole pictures. All are found, and listed, before any step."""
     cache_gb: float = 20.0
-    """Of stream: disk space of a machine for fetched shards, 10^9 bytes, in the folder that LITDATA_CACHE_DIR names, if any."""
+    """Of stream from s3:// roots: disk space of a machine for fetched shards, 10^9 bytes, in the folder that LITDATA_CACHE_DIR
+    names, if any."""
     batch_size: int = 128
     """Images of one optimizer step, over all processes (the global batch)."""
     binarize: Literal["none", "static", "dynamic"] = "none"
