@@ -2,14 +2,16 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
 
 from tests.helpers import Outcome, launch, write_idx_set
+from tests.object_storage import TEST, TRAIN, Server, Way, write_set
 from vae_dist import check, evaluate, generate, pack, train, verify
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
@@ -30,6 +32,41 @@ def mnist_root() -> Path:
     if root is None or not (Path(root) / "MNIST" / "raw").is_dir():
         pytest.skip("needs the real MNIST: set VAE_DIST_DATA to a folder with MNIST/raw in it")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def pixels() -> Tensor:
+    """Those of the packed set `folder`: the training images, then the test images."""
+    return glyphs.draw(0, TRAIN + TEST)[0]
+
+
+@pytest.fixture(scope="session")
+def folder(pixels: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of small shards, which nobody changes."""
+    folder = tmp_path_factory.mktemp("packed")
+    write_set(folder / "train", pixels[:TRAIN])
+    write_set(folder / "test", pixels[TRAIN:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With that set in its bucket, under `set`."""
+    server = Server(tmp_path_factory.mktemp("server") / "log")
+    server.upload(folder, "set")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def way(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Way]:
+    """To the server, for this process as well."""
+    way = Way(server)
+    for name, value in way.environment(tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("litdata.utilities.dataset_utilities._LITDATA_CACHE_DIR", str(tmp_path / "cache"))  # read at import
+    yield way
+    way.vanish()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""An S3-like server (moto's, in a process of its own), and a way to it on which things go wrong."""
+"""A packed set of small shards, a server like S3 (moto's, in its own process), and a way to it on which things go wrong."""
 
+import hashlib
 import http.client
 import os
 import re
@@ -12,8 +13,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from vae_dist.config import DataConfig
+from vae_dist.data import packed
+
 BUCKET = "bucket"
+TRAIN, TEST, PER_SHARD = 1000, 300, 40
+SHARDS, TEST_SHARDS = 25, 8
 Answer = tuple[int, dict[str, str], bytes]
+
+
+def write_set(folder: Path, pixels: Tensor) -> None:
+    """A packed set of small shards."""
+    folder.mkdir(parents=True)
+    shards = []
+    for number, part in enumerate(torch.split(pixels, PER_SHARD)):
+        content = packed.shard_content([image.numpy().tobytes() for image in part])
+        name = f"shard-{number:05d}.bin"
+        (folder / name).write_bytes(content)
+        shards.append(packed.Shard(name, len(part), len(content), hashlib.sha256(content).hexdigest()))
+    packed.write_index(folder, packed.Index((1, 28, 28), shards, {}))
+
+
+def config(root: object = f"s3://{BUCKET}/set", **more: float) -> DataConfig:
+    return DataConfig(name="stream", root=str(root), **more)  # type: ignore[arg-type]
 
 
 class Server:

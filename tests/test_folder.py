@@ -161,6 +161,7 @@ def test_a_damaged_partition_is_refused_by_line(partition: str, told: str, tmp_p
         ({"name": "packed", "channels": 1}, r"--data\.channels 1: must be left out"),
         ({"name": "glyphs", "unreadable": "skip"}, r"--data\.unreadable skip: must be left out"),
         ({"name": "celeba", "test_share": 0.2}, r"--data\.test_share 0\.2: must be left out: only --data\.name folder has it"),
+        ({"name": "packed", "root": "s3://a/b"}, r"--data\.root s3://a/b: must be a folder; .* --data\.name stream"),
         ({"name": "folder", "image_size": 0}, r"--data\.image_size 0: must be at least 1"),
         ({"name": "folder", "test_share": 0.0}, r"--data\.test_share 0\.0: must be between 0 and 1"),
         ({"name": "folder", "test_share": 1.0}, r"--data\.test_share 1\.0: must be between 0 and 1"),

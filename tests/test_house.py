@@ -1,6 +1,7 @@
 """The order of the house: each module imports only from those above it, and nothing heavy before it is needed."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ ORDER = [
     "data.bucket",
     "data.stream",
     "data.packing",
+    "data.cache",
     "data.sources",
     "likelihoods",
     "convolutions",
@@ -106,3 +108,14 @@ def test_nothing_heavy_is_imported_before_it_is_needed(module: str, unwanted: li
 def test_modules_fit_their_limit() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {name: length for name, length in lengths.items() if length > 320} == {}
+
+
+def test_whatever_is_imported_is_asked_for_by_name() -> None:
+    """What only comes along with something else goes when that does."""
+    asked = set(re.findall(r'^    "([\w-]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"vae_dist"}
+    assert {names.get(package, package) for package in packages} - asked == set()

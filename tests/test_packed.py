@@ -3,7 +3,10 @@
 import errno
 import hashlib
 import json
+import math
+import mmap
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -12,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from tests.helpers import ROOT, Outcome, environment, everything, records, refused
 from vae_dist.config import DataConfig, InputError
-from vae_dist.data import folder, packed, packing, sources
+from vae_dist.data import cache, folder, packed, packing, sources
 from vae_dist.data.images import Images, Resident
 from vae_dist.data.packed import Packed
 from vae_dist.data.photos import Decoding, decode
@@ -64,7 +66,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Shards of seven images, a cache of one's own, and a folder looked at anew."""
     monkeypatch.setattr(packed, "SHARD_BYTES", SHARD_BYTES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    packing.plan_of.cache_clear()
+    cache.prepare.cache_clear()
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def config(root: Path, **options: Any) -> DataConfig:
 
 def expected(root: Path, side: str) -> Tensor:
     """The images of a side, decoded one by one."""
-    found = packing.plan_of(config(root))
+    found = folder.plan(config(root))
     files = found.train if side == "train" else found.test
     content = b"".join(decode(root / picture.path, Decoding(SIZE, 3)) for picture in files)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 3, SIZE, SIZE)
@@ -105,9 +107,10 @@ def test_a_shard_is_laid_out_as_litdata_reads_it(pack: Path, pictures: Path) -> 
 
 
 def test_litdata_reads_the_same_images(pack: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    litdata = pytest.importorskip("litdata")
+    from litdata import StreamingDataset  # costs seconds
+
     monkeypatch.setenv("HOME", str(tmp_path))
-    streamed = litdata.StreamingDataset(str(pack / "test"))
+    streamed = StreamingDataset(str(pack / "test"))
     assert b"".join(bytes(streamed[i]) for i in range(len(streamed))) == expected(pictures, "test").numpy().tobytes()
 
 
@@ -123,6 +126,66 @@ def test_images_come_by_their_numbers_across_shards_and_threads(side: str, pack:
     assert torch.equal(torch.stack(list(images.stream(steps))), right[steps])
 
 
+def test_the_disk_is_asked_for_every_byte_of_a_batch_at_once(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Packed(pack / "train")
+    asked: list[tuple[int, int, int]] = []
+
+    class File:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def madvise(self, option: int, start: int, length: int) -> None:
+            assert option == mmap.MADV_WILLNEED
+            assert start % mmap.PAGESIZE == 0
+            asked.append((self.number, start, start + length))
+
+    files = [(pack / "train" / f"shard-{number:05d}.bin").read_bytes() for number in range(-(-len(images) // IN_SHARD))]
+    monkeypatch.setattr(images, "_files", [File(number) for number in range(len(files))])
+    numbers = torch.tensor([IN_SHARD, 0, len(images) - 1, IN_SHARD - 1, 3])
+    for image, (number, start, stop) in zip(images.fetch(numbers), asked, strict=True):
+        at = files[number].find(image.numpy().tobytes())
+        assert start <= at
+        assert stop == at + IMAGE_BYTES
+
+
+def test_the_shards_of_a_batch_are_looked_up_once(pack: Path) -> None:
+    class Ends:
+        looked_up = 0
+
+        def __array__(self, *_: object, **__: object) -> "np.ndarray[Any, Any]":
+            self.looked_up += 1
+            return ends
+
+        def __getitem__(self, shard: Any) -> Any:
+            return ends[shard]
+
+    images = Packed(pack / "train")
+    ends = images._ends
+    images.__dict__["_ends"] = counted = Ends()
+    images.fetch(torch.arange(20))
+    assert counted.looked_up == 1
+
+
+def test_two_sets_may_be_open_whose_files_only_together_are_too_many(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(packed, "_SPARE_FILES", 4)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, limits[1]))
+    try:
+        held = [Packed(pack / side) for side in ("train", "train", "test")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(held) == 3
+
+
+def test_a_file_that_cannot_be_mapped_is_named(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(OSError, match=r"Too many open files: '.*shard-00000\.bin'"):
+        packed.mapped(pack / "test" / "shard-00000.bin", 1, IMAGE_BYTES)
+
+
 def test_a_pack_says_what_it_holds_and_how_to_train_from_it(pictures: Path, command: Command, tmp_path: Path) -> None:
     out = tmp_path / "pack"
     first = command("pack", pictures, out, "--size", SIZE)
@@ -136,7 +199,8 @@ def test_a_pack_says_what_it_holds_and_how_to_train_from_it(pictures: Path, comm
     assert set(before) == {
         f"{side}/{name}"
         for side in ("train", "test")
-        for name in ["index.json", *(path.name for path in (out / side).glob("shard-*.bin"))]
+        for shard in (out / side).glob("shard-*.bin")
+        for name in ("index.json", shard.name, f".{shard.stem}.json")
     }
 
 
@@ -147,8 +211,8 @@ def test_packed_folder_and_memory_are_one_data_set(
     of_folder = ["--data.name", "folder", "--data.root", pictures, "--data.image_size", SIZE]
     load = sources.load
 
-    def in_memory(config: DataConfig, train: bool) -> Images:
-        images = load(config, train)
+    def in_memory(config: DataConfig, train: bool, home: Path | None) -> Images:
+        images = load(config, train, home)
         return Resident(images.rows(torch.arange(len(images))))
 
     assert command("train", *options, *of_folder, "--output", tmp_path / "folder").status == 0
@@ -167,6 +231,21 @@ def damage_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path],
         (side / "index.json").write_text(json.dumps(index))
 
     return damage
+
+
+def rename(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda index: index["chunks"][0].update(filename=name)
+
+
+def other_checksum(word: str) -> Callable[[dict[str, Any]], object]:
+    """The index of somebody who means harm: its own digest is right."""
+
+    def change(index: dict[str, Any]) -> None:
+        index["chunks"][0]["sha256"] = word
+        parts = [*map(str, index["vae_dist"]["shape"]), *(chunk["sha256"] for chunk in index["chunks"])]
+        index["updated_at"] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    return change
 
 
 def write_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -188,7 +267,11 @@ def write_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
         (damage_index(lambda index: index["vae_dist"].update(shape=[3, 4, 5])), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"].pop()), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"][0].update(sha256="0")), "index.json: damaged"),
-        (damage_index(lambda index: index["chunks"][0].update(filename="../../x")), "index.json: damaged"),
+        (damage_index(lambda index: index["chunks"][0].update(chunk_bytes=9)), "index.json: damaged"),
+        *((damage_index(rename(name)), "index.json: damaged") for name in ("../../x.bin", "..", "", "a\0.bin", "x", "a/b.bin")),
+        (damage_index(lambda index: index["chunks"][0].update(chunk_size=math.inf)), "index.json: not an index"),
+        (damage_index(other_checksum("../../../x")), "index.json: damaged"),
+        (damage_index(other_checksum("A" * 64)), "index.json: damaged"),
     ],
 )
 def test_a_damaged_pack_is_refused_by_file(damage: Callable[[Path], object], told: str, pack: Path) -> None:
@@ -233,9 +316,23 @@ def test_unreadable_files_are_all_found_and_refused_or_skipped(pictures: Path, c
     refused(command("pack", root, out, "--size", SIZE), "cannot be read")
     train = ["--data.name", "folder", "--data.root", root, "--data.image_size", SIZE, "--tracking.wandb", "disabled"]
     refused(command("train", *train, "--output", tmp_path / "run"), "cannot be read", "--data.unreadable skip")
-    packing.plan_of.cache_clear()
     skip = ["--data.unreadable", "skip", "--trainer.epochs", 1]
     assert command("train", *train, "--output", tmp_path / "run", *skip).status == 0
+
+
+def test_pictures_that_changed_under_an_unfinished_pack_are_decoded_anew(
+    pictures: Path, command: Command, tmp_path: Path
+) -> None:
+    root, out = tmp_path / "pictures", tmp_path / "pack"
+    shutil.copytree(pictures, root)
+    (root / "bad.png").touch()
+    refused(command("pack", root, out, "--size", SIZE + 1), "1 of 61 files")
+    refused(command("pack", root, out, "--size", SIZE), "1 of 61 files")
+    (root / "bad.png").unlink()
+    Image.new("RGB", (6, 6), (255, 0, 0)).save(root / "0" / "0.png")
+    assert command("pack", root, out, "--size", SIZE).status == 0
+    for side in ("train", "test"):
+        assert torch.equal(torch.cat(list(Packed(out / side).blocks())), expected(root, side))
 
 
 def test_a_side_that_has_only_unreadable_files_is_refused(command: Command, tmp_path: Path) -> None:
@@ -257,6 +354,53 @@ def test_a_folder_of_something_else_is_left_alone(pack: Path, pictures: Path, co
     (tmp_path / "file").touch()
     refused(command("pack", pictures, tmp_path / "file"), "is a file")
     refused(command("pack", pictures, tmp_path / "file" / "below"), str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "name", [".notes", "train/.notes", "train/.ipynb_checkpoints/a", "test/shard-00009.bin/a", "train/index"]
+)
+def test_hidden_files_of_somebody_else_are_neither_removed_nor_taken_for_ours(
+    name: str, pack: Path, pictures: Path, command: Command
+) -> None:
+    (pack / name).parent.mkdir(exist_ok=True)
+    (pack / name).touch()
+    (pack / "train" / "index.json").unlink()
+    refused(command("pack", pictures, pack, "--size", SIZE), f"{pack}: holds {name.removesuffix('/a')}, which is no part")
+    assert (pack / name).exists()
+
+
+def test_what_a_kill_leaves_half_written_is_ours(whole: Path, pack: Path, pictures: Path, command: Command) -> None:
+    (pack / "train" / "index.json").unlink()
+    for name in ("shard-00001.bin", ".shard-00001.json", "index.json"):
+        (pack / "train" / f".{name}.unfinished").touch()
+    (pack / ".unreadable.txt.unfinished").touch()
+    assert command("pack", pictures, pack, "--size", SIZE).status == 0
+    assert everything(pack) == everything(whole)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"")])
+def test_a_lost_shard_is_written_again(
+    damage: Callable[[Path], object], whole: Path, pack: Path, pictures: Path, command: Command
+) -> None:
+    damage(pack / "train" / "shard-00001.bin")
+    outcome = command("pack", pictures, pack, "--size", SIZE)
+    assert f"decoding the last {IN_SHARD} of {PICTURES} pictures" in outcome.out
+    assert everything(pack) == everything(whole)
+
+
+def test_an_index_of_something_else_is_left_alone(pictures: Path, command: Command, tmp_path: Path) -> None:
+    for side in ("train", "test"):
+        (tmp_path / "out" / side).mkdir(parents=True)
+        (tmp_path / "out" / side / "index.json").write_text("{}")
+    refused(command("pack", pictures, tmp_path / "out"), "index.json: damaged, or of no pack; name a new folder, or remove it")
+    assert (tmp_path / "out" / "train" / "index.json").read_text() == "{}"
+
+
+def test_a_pipe_among_the_pictures_is_told_like_any_unreadable_file(pictures: Path, command: Command, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    os.mkfifo(root / "pipe.png")
+    refused(command("pack", root, tmp_path / "out", "--size", SIZE), "pipe.png: not a regular file")
 
 
 SLOW = """
@@ -292,62 +436,29 @@ def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(
     assert everything(out) == everything(whole)
 
 
-def test_two_jobs_at_once_decode_once(pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    calls = []
-
-    def slow(*args: Any) -> bytes:
-        calls.append(args)
-        time.sleep(0.002)
-        return decode(*args)
-
-    monkeypatch.setattr(packing, "decode", slow)
-    with ThreadPoolExecutor(2) as jobs:
-        list(jobs.map(packing.prepare, [config(pictures)] * 2))
-    assert len(calls) == PICTURES
-    assert "waiting for another process" in capsys.readouterr().out
-    assert torch.equal(sources.load(config(pictures), train=True).rows(torch.arange(9)), expected(pictures, "train")[:9])
-
-
-def test_a_changed_folder_is_decoded_anew(pictures: Path, tmp_path: Path, capsys: Any) -> None:
-    root = tmp_path / "pictures"
-    root.mkdir()
-    for number, file in enumerate(sorted((pictures / "0").iterdir())):
-        (root / f"{number}.png").write_bytes(file.read_bytes())
-
-    def digest() -> str:
-        packing.plan_of.cache_clear()
-        sources.fetch_missing(config(root))
-        return sources.load(config(root), train=True).digest()
-
-    before = digest()
-    assert str(tmp_path / "cache" / "vae_dist") in capsys.readouterr().out, "the line that says where it goes"
-    assert digest() == before
-    assert capsys.readouterr().out == ""
-    for name in ("0.png", "1.png", "2.png"):
-        Image.new("RGB", (6, 6), (255, 0, 0)).save(root / name)
-    assert digest() != before
-    assert "decoding 30 pictures" in capsys.readouterr().out
-
-
 def test_a_full_disk_is_one_error_with_a_way_out(
     pictures: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tried = []
+
     def full(file: Path, content: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
+    def slow(*args: Any) -> bytes:
+        tried.append(args)
+        time.sleep(0.02)
+        return decode(*args)
+
     monkeypatch.setattr(packing, "write_atomically", full)
-    refused(command("pack", pictures, tmp_path / "out"), "shard-00000.bin: No space left on device; make room")
+    monkeypatch.setattr(packing, "decode", slow)
+    options = ["--size", SIZE, "--workers", 1]
+    refused(command("pack", pictures, tmp_path / "out", *options), "shard-00000.bin: No space left on device; make room")
+    assert len(tried) < 2 * IN_SHARD, "nothing is decoded that cannot be written"
     train = ["--data.name", "folder", "--data.root", pictures, "--data.image_size", SIZE, "--output", tmp_path / "run"]
     refused(command("train", *train), "No space left on device; set XDG_CACHE_HOME")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result([1] * 10))
     refused(command("train", *train), f"no room: {PICTURES} images take 0.0 MiB, and 0.0 MiB are free; set XDG_CACHE_HOME")
-
-
-def test_an_unwritable_cache_is_one_error(pictures: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").touch()
-    with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
-        packing.prepare(config(pictures))
 
 
 def test_celeba_is_cut_and_decoded_like_any_folder(tmp_path: Path) -> None:
@@ -359,8 +470,8 @@ def test_celeba_is_cut_and_decoded_like_any_folder(tmp_path: Path) -> None:
         face.paste(colour, (19, 39, 159, 179))  # the 140 x 140 in the middle
         face.save(home / "img_align_celeba" / f"{name}.jpg", quality=100, subsampling=0)
     celeba = DataConfig(name="celeba", root=str(tmp_path))
-    sources.fetch_missing(celeba)
-    train, test = sources.load(celeba, train=True), sources.load(celeba, train=False)
+    decoded = sources.fetch_missing(celeba)
+    train, test = sources.load(celeba, True, decoded), sources.load(celeba, False, decoded)
     assert (len(train), len(test), train.shape) == (1, 1, (3, 64, 64))
     for images, channel in ((train, 0), (test, 2)):
         colours = images.rows(torch.tensor([0]))[0].float().mean(dim=(1, 2))
@@ -374,6 +485,8 @@ def test_celeba_is_cut_and_decoded_like_any_folder(tmp_path: Path) -> None:
         ([], "name the folder of the pictures"),
         (["one"], "name the folder of the pictures"),
         (["one", "two", "--verify", "three"], "name the folder of the pictures"),
+        (["one", "--verify", "three"], "name the folder of the pictures"),
+        (["one", "two", "--data", "celeba", "--test_share", 0.2], "--test_share 0.2: must be left out: CelebA has"),
         (["nowhere", "out"], "nowhere: no such folder"),
         (["one", "two", "--size", 0], "--size 0"),
         (["one", "two", "--test_share", 1], "--test_share 1"),

@@ -1,6 +1,7 @@
 """Pictures of every kind become images: upright, whole, in eight bits; and what is no whole picture is told, not guessed."""
 
 import contextlib
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vae_dist.data import photos
 from vae_dist.data.photos import Decoding, Unreadable, decode, many
 
 Colour = tuple[int, int, int]
@@ -96,6 +98,13 @@ def test_a_crop_comes_first(tmp_path: Path) -> None:
     assert decode(tmp_path / "picture.png", Decoding(3, 1, crop=3)) == picture[2:5, 3:6].tobytes()
 
 
+def test_a_crop_is_of_a_jpeg_in_its_full_size(tmp_path: Path) -> None:
+    picture = Image.new("L", (64, 64), 255)
+    picture.paste(0, (24, 24, 40, 40))
+    picture.save(tmp_path / "picture.jpg", quality=100)
+    assert max(decode(tmp_path / "picture.jpg", Decoding(4, 1, crop=16))) < 5
+
+
 def test_a_large_jpeg_is_not_decoded_in_full_yet_looks_the_same(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 512).round().astype(np.uint8)
     picture = Image.fromarray(np.broadcast_to(ramp, (512, 512)).copy())
@@ -105,14 +114,51 @@ def test_a_large_jpeg_is_not_decoded_in_full_yet_looks_the_same(tmp_path: Path) 
     assert np.abs(jpeg.astype(int) - png.astype(int)).max() <= 3
 
 
-def png_of_size(width: int, height: int) -> bytes:
-    """A PNG file that claims to be so large, and holds next to nothing."""
+def chunk(name: bytes, content: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+def png_of_size(width: int, height: int, depth: int = 8, kind: int = 0, clear: bytes = b"", rows: bytes = b"") -> bytes:
+    """A PNG file that claims to be so large, and holds what it is given."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    transparency = chunk(b"tRNS", clear) if clear else b""
+    return b"\x89PNG\r\n\x1a\n" + header + transparency + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(0, 1), (2, 3)])
+def test_of_sixteen_bits_the_transparent_pixels_turn_white_and_no_others(kind: int, channels: int, tmp_path: Path) -> None:
+    """The second pixel has in its upper eight bits what the transparent value has in its lower."""
+    clear, other = struct.pack(">H", 0x1234) * channels, struct.pack(">H", 0x3456) * channels
+    content = png_of_size(2, 2, 16, kind, clear, 2 * (b"\0" + clear + other))
+    (tmp_path / "deep.png").write_bytes(content)
+    assert decode(tmp_path / "deep.png", Decoding(2, 1)) == bytes([255, 0x34] * 2)
+
+
+def test_a_small_file_that_unpacks_into_gigabytes_is_unreadable(tmp_path: Path) -> None:
+    """So large a picture lies below Pillow's own limit, which only warns."""
+    (tmp_path / "bomb.png").write_bytes(png_of_size(13_000, 13_000))
+    with many(), pytest.raises(Unreadable, match="13000 x 13000 pixels are more than 89,478,485"):
+        decode(tmp_path / "bomb.png", Decoding(4, 3))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_large_jpeg_is_read_where_it_takes_little_memory(
+    progressive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos, "_MOST_PIXELS", 64 * 64)
+    solid("L", 100).resize((128, 128)).save(tmp_path / "large.jpg", progressive=progressive)
+    if progressive:
+        with pytest.raises(Unreadable, match="128 x 128 pixels"):
+            decode(tmp_path / "large.jpg", Decoding(8, 1))
+    else:
+        assert decode(tmp_path / "large.jpg", Decoding(8, 1)) == bytes([100] * 64)
+
+
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(Unreadable, match="not a regular file"):
+        decode(tmp_path / "pipe.png", Decoding(4, 3))
 
 
 def saved(suffix: str, tmp_path: Path) -> bytes:

@@ -244,8 +244,8 @@ def in_words(error: BaseException) -> str:
         )
     if isinstance(error, ImagesLost):
         return (
-            f"rank {os.environ.get('RANK', '0')}: {error}. When it can be had again, start the same command again to go on "
-            "from the newest checkpoint"
+            f"rank {os.environ.get('RANK', '0')}: {error}. When it can be had again, start the same command again; a training "
+            "goes on from its newest checkpoint"
         )
     return str(error) if isinstance(error, (InputError, OSError, TrainingFailed)) else repr(error)
 

@@ -1,8 +1,10 @@
 """The images of a run, on each rank's device: downloaded where they are missing, and the same on all ranks."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from vae_dist.config import DataConfig, InputError
 from vae_dist.data import sources
@@ -19,9 +21,8 @@ def load_images(config: DataConfig, accelerator: Accelerator, train: bool, shape
     Raises the same InputError on all ranks where a rank cannot have them or has others than the rest, or they are not of the
     shape that is asked for.
     """
-    on_first_rank(accelerator, lambda: sources.fetch_missing(config))
-    together(accelerator, lambda: sources.fetch_missing(config) if accelerator.is_local_main_process else None)
-    images = together(accelerator, lambda: sources.load(config, train))
+    home = _fetched(config, accelerator)
+    images = together(accelerator, lambda: sources.load(config, train, home))
     if shape is not None and images.shape != tuple(shape):
         sides = ("x".join(map(str, size)) for size in (images.shape, shape))
         raise InputError(f"--data.root {config.root}: images of {' pixels, where '.join(sides)} are expected")
@@ -30,3 +31,16 @@ def load_images(config: DataConfig, accelerator: Accelerator, train: bool, shape
     if config.binarize == "static" or (config.binarize == "dynamic" and not train):
         images = images.binarized(derive_key(0, Stream.BINARY_TRAIN if train else Stream.BINARY_TEST))
     return images.to(accelerator.device)
+
+
+def _fetched(config: DataConfig, accelerator: Accelerator) -> Path | None:
+    """Where this machine has its decoded pictures, on all of its ranks, of which only the first looks at the pictures.
+
+    Rank zero goes first, alone: machines may share a disk.
+    """
+    of_first = on_first_rank(accelerator, lambda: sources.fetch_missing(config))
+    goes_second = accelerator.is_local_main_process and not accelerator.is_main_process
+    mine = together(accelerator, lambda: sources.fetch_missing(config) if goes_second else of_first)
+    of_ranks: list[Path | None] = gather_object([mine])
+    first_here: int = accelerator.process_index - accelerator.local_process_index
+    return of_ranks[first_here]

@@ -41,12 +41,15 @@ class Options:
     """Only read a finished pack, and compare each of its files with its SHA-256; no pictures are needed."""
 
     def __post_init__(self) -> None:
-        if (self.pictures is None or self.out is None) == (self.verify is None):
+        given = [self.pictures is not None, self.out is not None]
+        if any(given) if self.verify else not all(given):
             raise InputError("name the folder of the pictures and the folder to write, or --verify and a finished pack")
         if self.size < 1:
             raise InputError(f"--size {self.size}: must be at least 1")
         if not 0 < self.test_share < 1:
             raise InputError(f"--test_share {self.test_share}: must be between 0 and 1")
+        if self.data == "celeba" and self.test_share != DataConfig.test_share:
+            raise InputError(f"--test_share {self.test_share}: must be left out: CelebA has test images as it is published")
         if self.workers is not None and self.workers < 1:
             raise InputError(f"--workers {self.workers}: must be at least 1, or none")
 
@@ -67,7 +70,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def data_config(options: Options, pictures: Path) -> DataConfig:
-    """The data set of a training on the same images. Raises InputError where an option is not one of it."""
+    """The data set of a training on the same images."""
     return DataConfig(
         name=options.data,
         root=str(pictures),

@@ -29,7 +29,8 @@ class DataConfig:
     unreadable: Literal["refuse", "skip"] = "refuse"
     """Of folder and celeba: what to do where files are no whole pictures. All are found, and listed, before any step."""
     cache_gb: float = 20.0
-    """Of stream: disk space of a machine for fetched shards, 10^9 bytes, in the folder that LITDATA_CACHE_DIR names, if any."""
+    """Of stream from s3:// roots: disk space of a machine for fetched shards, 10^9 bytes, in the folder that LITDATA_CACHE_DIR
+    names, if any."""
     batch_size: int = 128
     """Images of one optimizer step, over all processes (the global batch)."""
     binarize: Literal["none", "static", "dynamic"] = "none"
@@ -44,6 +45,8 @@ class DataConfig:
             names, value = ("folder",) if name == "test_share" else ("folder", "celeba"), getattr(self, name)
             wanted = f"left out: only --data.name {' or '.join(names)} has it; the images of {self.name} are as they are"
             require(self.name in names or value == getattr(type(self), name), f"--data.{name}", value, wanted)
+        wanted = "a folder; of all sets only --data.name stream is read from a bucket"
+        require("://" not in self.root or self.name == "stream", "--data.root", self.root, wanted)
         require(self.image_size is None or self.image_size >= 1, "--data.image_size", self.image_size, "at least 1, or none")
         require(0 < self.test_share < 1, "--data.test_share", self.test_share, "between 0 and 1")
         require(0 < self.cache_gb < float("inf"), "--data.cache_gb", self.cache_gb, "a positive number")

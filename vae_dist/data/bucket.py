@@ -6,7 +6,9 @@ no connection, an error of the server, a body cut short, a shard that is not the
 """
 
 import contextlib
+import fcntl
 import hashlib
+import mmap
 import os
 import random
 import tempfile
@@ -15,24 +17,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from vae_dist.checkpoint import write_atomically
 from vae_dist.config import ImagesLost, InputError
-from vae_dist.data.packed import INDEX, Index, Mapped, Shard, mapped, read_index
+from vae_dist.data.packed import INDEX, Index, Mapped, Shard, read_index
 
 T = TypeVar("T")
 
 _CONNECT_SECONDS = 10.0
 _STALL_SECONDS = 30.0  # without a byte; a slow server may take as long as it likes otherwise
 _ATTEMPTS = 6  # unless AWS_MAX_ATTEMPTS says otherwise
-_FIRST_PAUSE_SECONDS = 0.5  # it doubles: a server may be away for a quarter of a minute
-_LOCK_SECONDS = 300.0  # for another process of this machine, which fetches the same shard
+_FIRST_PAUSE_SECONDS = 0.5  # it doubles, some times: a server may be away for a quarter of a minute
+_DOUBLINGS = 6
 
 
 class Bucket:
     """One side of a packed set, `s3://bucket/prefix/train` or `…/test`, and the shards of any set that this machine keeps."""
 
     def __init__(self, address: str, cache_bytes: int) -> None:
-        """Shards are kept in at most so many bytes. Raises InputError where LitData is missing."""
+        """Shards are kept in at most so many bytes. Raises InputError where LitData is missing, or AWS_MAX_ATTEMPTS wrong."""
         try:
             from botocore.config import Config
             from litdata.streaming.downloader import get_downloader
@@ -41,7 +45,8 @@ class Bucket:
             raise InputError(
                 f"--data.root {address}: object storage needs LitData ({error}): pip install 'vae_dist[stream]'"
             ) from None
-        self._address, self._cache_bytes = address, cache_bytes
+        self._address, self._cache_bytes, self._attempts = address, cache_bytes, _attempts()
+        self._verified = set[str]()  # SHA-256 of shards that this process read in the cache
         self._cache = Path(get_default_cache_dir()) / "vae_dist"  # where LITDATA_CACHE_DIR says, if it is set
         limits = Config(
             connect_timeout=_CONNECT_SECONDS, read_timeout=_STALL_SECONDS, retries={"total_max_attempts": 1, "mode": "standard"}
@@ -65,14 +70,36 @@ class Bucket:
     def open(self, image_bytes: int, shard: Shard) -> Mapped:
         """The images of a shard, which is fetched unless it is here. Whole and verified, or ImagesLost is raised."""
         file = self._cache / f"{shard.sha256}.bin"
-        while True:
-            with contextlib.suppress(FileNotFoundError):  # other processes may make room at any moment
-                if _has_size(file, shard.bytes):
-                    os.utime(file)
-                    return mapped(file, shard.images, image_bytes)
-            with _alone(file):
-                if not _has_size(file, shard.bytes):
-                    self._keep(self._patiently(shard.filename, lambda: self._whole(shard)), file)
+        content: mmap.mmap | bytes | None = self._kept(file, shard)
+        if content is None:
+            with _alone(file):  # of several processes that need it one fetches it
+                content = self._kept(file, shard)
+                if content is None:
+                    fetched = self._patiently(shard.filename, lambda: self._whole(shard))
+                    self._keep(fetched, file)
+                    content = self._kept(file, shard) or fetched  # where there is no room, it stays in memory
+        stride = 4 + image_bytes  # each image after its length
+        first = shard.bytes - shard.images * stride + 4
+        return np.ndarray((shard.images,), f"V{image_bytes}", content, offset=first, strides=(stride,))
+
+    def _kept(self, file: Path, shard: Shard) -> mmap.mmap | None:
+        """A shard of the cache, whole, or None. It will not make room as long as it is mapped.
+
+        This process reads all of it when it comes upon it first: 30 ms for 32 MB, a twentieth of the time to fetch it.
+        """
+        with contextlib.suppress(FileNotFoundError), file.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)  # the mapping keeps the file open, and so the lock
+            status = os.fstat(stream.fileno())
+            if status.st_nlink == 0 or status.st_size != shard.bytes:  # it made room a moment ago, or is damaged
+                return None
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            if shard.sha256 not in self._verified:
+                if hashlib.sha256(content).hexdigest() != shard.sha256:
+                    return None
+                self._verified.add(shard.sha256)
+            os.utime(file)
+            return content
+        return None
 
     def _whole(self, shard: Shard) -> bytes:
         """A shard as it was written. Raises OSError where it is another."""
@@ -86,27 +113,27 @@ class Bucket:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
-        attempts = max(1, int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)))
-        for attempt in range(1, attempts + 1):
+        for attempt in range(1, self._attempts + 1):
             try:
                 return action()
             except (Boto3Error, BotoCoreError, ClientError, OSError, ValueError) as error:
-                if attempt == attempts or _is_final(error):
+                if attempt == self._attempts or _is_final(error):
                     raise ImagesLost(f"{self._address}/{name}{_endpoint()}: {' '.join(str(error).split())}") from None
-            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, _DOUBLINGS) * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
 
     def _keep(self, content: bytes, file: Path) -> None:
+        """Writes a shard to the cache, unless all that is there is in use."""
         try:
             with _alone(self._cache / "room"):
-                self._make_room(len(content))
-                write_atomically(file, content)
+                if self._make_room(len(content)):
+                    write_atomically(file, content)
         except OSError as error:
             remedy = "make room there, lower --data.cache_gb, or name another folder with LITDATA_CACHE_DIR"
             raise ImagesLost(f"{self._cache}: {error.strerror}: a shard cannot be kept; {remedy}") from None
 
-    def _make_room(self, needed: int) -> None:
-        """Removes the shards that were not used for longest. Where one is mapped, it stays readable until it is not."""
+    def _make_room(self, needed: int) -> bool:
+        """Removes shards that no process has open, the ones opened longest ago first. Whether that was enough."""
         found = []
         for file in (file for file in self._cache.iterdir() if file.suffix != ".lock"):
             with contextlib.suppress(FileNotFoundError):
@@ -114,32 +141,35 @@ class Bucket:
                 found.append((status.st_mtime, status.st_size, file))
         excess = sum(size for _, size, _ in found) + needed - self._cache_bytes
         for _, size, file in sorted(found):
-            if excess <= 0:
-                break
-            for gone in (file, Path(f"{file}.lock")):
-                gone.unlink(missing_ok=True)
-            excess -= size
+            if excess > 0 and _removed(file):
+                excess -= size
+        return excess <= 0
 
 
-def _has_size(file: Path, size: int) -> bool:
-    try:
-        return file.stat().st_size == size
-    except FileNotFoundError:
-        return False
+def _removed(file: Path) -> bool:
+    """Removes a shard unless a process has it open."""
+    with contextlib.suppress(BlockingIOError), file.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for gone in (file, Path(f"{file}.lock")):
+            gone.unlink(missing_ok=True)
+        return True
+    return False
 
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """While nobody else on this machine is alone with the same file; unless they take very long."""
-    from filelock import FileLock, Timeout
+    """While nobody else on this machine is alone with the same file. A process that ends lets go of it, however it ends."""
+    from filelock import FileLock
 
-    lock = FileLock(f"{file}.lock", timeout=_LOCK_SECONDS)
-    with contextlib.suppress(Timeout):
-        lock.acquire()
-    try:
+    with FileLock(f"{file}.lock"):
         yield
-    finally:
-        lock.release()
+
+
+def _attempts() -> int:
+    told = os.environ.get("AWS_MAX_ATTEMPTS", f"{_ATTEMPTS}")
+    if not told.isdecimal() or int(told) < 1:
+        raise InputError(f"AWS_MAX_ATTEMPTS {told}: must be a whole number of at least 1")
+    return int(told)
 
 
 def _is_final(error: Exception) -> bool:

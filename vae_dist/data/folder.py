@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vae_dist.config import DataConfig, InputError
 from vae_dist.data.photos import SUFFIXES, Decoding
 
-VERSION = 1  # raised by whoever changes order or decoding: nothing decoded before is then taken for it
+VERSION = 2  # raised by whoever changes order or decoding: nothing decoded before is then taken for it
 IMAGE_SIZE = 64  # where `--data.image_size` does not say
 _TEST_FOLDERS = ("test", "val", "valid")  # the first that there is
 _CELEBA_LIST, _CELEBA_PICTURES = "list_eval_partition.txt", "img_align_celeba"

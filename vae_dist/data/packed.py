@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import mmap
+import os
+import re
 import resource
 import struct
 from abc import abstractmethod
@@ -26,13 +28,16 @@ from vae_dist.config import InputError
 from vae_dist.data.images import HostImages
 
 Mapped: TypeAlias = "np.ndarray[Any, Any]"  # images, (n,) of void
+Numbers: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 FORMAT = 1
 INDEX = "index.json"
 SHARD_BYTES = 32 << 20
 _SECTION = "vae_dist"
 _REMEDY = "copy it again, or pack the pictures anew with python -m vae_dist.pack"
-_SPARE_FILES = 256  # that may be open besides the shards
+_SPARE_FILES = 256  # that may be opened later on
+_NAME = re.compile(r"[\w.-]+\.bin")  # of a shard; none leads out of the folder
+_SHA256 = re.compile(r"[0-9a-f]{64}")  # it becomes a file's name where shards are kept
 
 
 class Shard(NamedTuple):
@@ -119,7 +124,7 @@ def read_index(folder: Path) -> Index:
         raise InputError(f"{file}: {error.strerror}; name a folder that python -m vae_dist.pack wrote to its end") from None
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{file}: not an index that python -m vae_dist.pack wrote; {_REMEDY}") from None
     if not is_sound:
         raise InputError(f"{file}: damaged: its figures contradict each other; {_REMEDY}")
@@ -128,9 +133,9 @@ def read_index(folder: Path) -> Index:
 
 def _is_sound(index: Index, images: object) -> bool:
     size = math.prod(index.shape)
-    of_files = (shard.images > 0 and shard.bytes == shard_bytes(shard.images, size) for shard in index.shards)
-    names = (Path(shard.filename).name == shard.filename for shard in index.shards)  # none leads out of the folder
-    return min(index.shape) > 0 and 0 < index.images == images and all(of_files) and all(names)
+    sizes = (shard.images > 0 and shard.bytes == shard_bytes(shard.images, size) < 1 << 32 for shard in index.shards)
+    names = (_NAME.fullmatch(shard.filename) and _SHA256.fullmatch(shard.sha256) for shard in index.shards)
+    return min(index.shape) > 0 and 0 < index.images == images and all(sizes) and all(names)
 
 
 def _digest(index: Index) -> str:
@@ -178,6 +183,9 @@ class Sharded(HostImages):
     def shard(self, number: int) -> Mapped:
         """The images of a shard."""
 
+    def _ask_for(self, numbers: Numbers, shards: Numbers) -> None:
+        """Says which images are about to be copied, of which shards."""
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
@@ -187,6 +195,7 @@ class Sharded(HostImages):
     def fetch(self, indices: Tensor) -> Tensor:
         numbers = indices.numpy()
         shards = np.searchsorted(self._ends, numbers, side="right")
+        self._ask_for(numbers, shards)
         order = np.argsort(shards, kind="stable")
         found = np.empty((len(numbers), self._image_bytes), np.uint8)
         rows = found.view(f"V{self._image_bytes}")[:, 0]  # whole images as single values: numpy copies those fastest
@@ -206,22 +215,39 @@ class Packed(Sharded):
             require_size(folder, shard)
         _allow_open_files(len(self._index.shards))
         self._shards = [mapped(folder / shard.filename, shard.images, self._image_bytes) for shard in self._index.shards]
+        self._files: list[mmap.mmap] = [shard.base for shard in self._shards]  # type: ignore[misc]  # what each array maps
+        for file in self._files:
+            file.madvise(mmap.MADV_RANDOM)  # no readahead: an image's neighbours are not wanted next
+        self._file_bytes = np.array([shard.bytes for shard in self._index.shards])
 
     def shard(self, number: int) -> Mapped:
         return self._shards[number]
+
+    def _ask_for(self, numbers: Numbers, shards: Numbers) -> None:
+        """Has the system read these images at once, where they are on the disk; copying them meets one page after the other.
+
+        Of a set 2.5 times the memory this fetched 31,000 images of 12 KiB a second; 3,000 without, 250 with readahead.
+        """
+        ends = self._file_bytes[shards] + (numbers + 1 - self._ends[shards]) * (4 + self._image_bytes)
+        pages = ends - self._image_bytes & -mmap.PAGESIZE
+        for shard, page, length in zip(shards.tolist(), pages.tolist(), (ends - pages).tolist(), strict=True):
+            self._files[shard].madvise(mmap.MADV_WILLNEED, page, length)
 
 
 def mapped(file: Path, images: int, image_bytes: int) -> Mapped:
     """The images of a shard, each at its place in the file."""
     with file.open("rb") as stream:
-        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:  # it names no file: too many are open, or mapped
+            raise OSError(error.errno, error.strerror, str(file)) from None
     return np.ndarray((images,), f"V{image_bytes}", content, offset=_first_item(images) + 4, strides=(4 + image_bytes,))
 
 
 def _allow_open_files(shards: int) -> None:
-    """Each mapped file stays open. Raises InputError where this process may not have so many."""
+    """Each mapped file stays open, and so do those of other sets. Raises InputError where there may not be so many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = shards + _SPARE_FILES
+    needed = len(os.listdir("/proc/self/fd")) + shards + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise InputError(f"{shards} shards are more files than may be open at once; raise `ulimit -Hn` to {needed}")

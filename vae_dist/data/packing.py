@@ -8,25 +8,26 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import DataConfig, InputError
+from vae_dist.config import InputError
 from vae_dist.data import folder, packed
 from vae_dist.data.folder import Picture, Plan
 from vae_dist.data.packed import Index, Shard
 from vae_dist.data.photos import Unreadable, decode, many
 
 SIDES = ("train", "test")
-_OURS = re.compile(r"index\.json|shard-\d{5,}\.bin|\..*")  # what a side's folder may hold
 _LISTED = 5  # unreadable files that an error names
 _LIST, _LOCK = "unreadable.txt", ".lock"
+_KEPT = r"index\.json|shard-\d{5,}\.bin|\.shard-\d{5,}\.json"
+_OF_SIDE = re.compile(rf"{_KEPT}|\.({_KEPT})\.unfinished")  # files that a side's folder may hold
+_OF_PACK = re.compile(r"\.lock|unreadable\.txt|\.unreadable\.txt\.unfinished")
 
 
 class Packing(NamedTuple):
@@ -51,14 +52,14 @@ class _Job(NamedTuple):
         return self.folder / f"shard-{self.number:05d}.bin"
 
     @property
-    def _record(self) -> Path:
-        """Says that the shard is done, until an index says so of all."""
+    def record(self) -> Path:
+        """Says that the shard is done, and of which pictures."""
         return self.folder / f".shard-{self.number:05d}.json"
 
     def finished(self) -> "_Done | None":
         """The shard, where it was written from these very pictures, and is whole."""
         try:
-            record = json.loads(self._record.read_bytes())
+            record = json.loads(self.record.read_bytes())
             if record["of"] != self._key():
                 return None
             shard = Shard(**record["shard"]) if record["shard"] else None
@@ -77,9 +78,25 @@ class _Job(NamedTuple):
             content = packed.shard_content(images)
             write_atomically(self.file, content)
             shard = Shard(self.file.name, len(images), len(content), hashlib.sha256(content).hexdigest())
-        record = {"of": self._key(), "shard": shard and shard._asdict(), "unreadable": unreadable}
-        write_atomically(self._record, json.dumps(record) + "\n")
-        return _Done(shard, unreadable)
+        return self._recorded(_Done(shard, unreadable))
+
+    def link(self, packs: Iterable[Path]) -> "_Done | None":
+        """The shard of another pack as this one's, where it is of the same pictures: one file under two names."""
+        for pack in packs:
+            twin = self._replace(folder=pack / self.folder.name)
+            if done := twin.finished():
+                with contextlib.suppress(OSError):  # the disk has no links, or that pack is gone: it is decoded again
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    if done.shard:
+                        self.file.unlink(missing_ok=True)
+                        self.file.hardlink_to(twin.file)
+                    return self._recorded(done)
+        return None
+
+    def _recorded(self, done: "_Done") -> "_Done":
+        record = {"of": self._key(), "shard": done.shard and done.shard._asdict(), "unreadable": done.unreadable}
+        write_atomically(self.record, json.dumps(record) + "\n")
+        return done
 
     def _key(self) -> str:
         return folder.fingerprint(self.plan.decoding, self.pictures)
@@ -91,25 +108,31 @@ class _Done(NamedTuple):
 
 
 def write(
-    plan: Plan, out: Path, unreadable: Literal["refuse", "skip"], workers: int | None = None, way_out: str = ""
+    plan: Plan,
+    out: Path,
+    unreadable: Literal["refuse", "skip"],
+    workers: int | None = None,
+    way_out: str = "",
+    others: Sequence[Path] = (),
 ) -> Packing:
     """Decodes pictures into out/train and out/test, or goes on with it, or finds it done. Prints one line where it works.
 
-    `workers` are threads, by default one for each core; `way_out` is said where the disk is full. Of several processes one
-    works, the others wait. Raises InputError where `out` holds something else or has no room, and, once all pictures were
+    `workers` are threads, by default one for each core; `way_out` is said where the disk is full; `others` are packs whose
+    shards serve where they are of the same pictures. Of several processes one works, the others wait. A shard that is gone or
+    cut short is written again. Raises InputError where `out` holds something else or has no room, and, once all pictures were
     tried, where some cannot be read, unless those are to be skipped.
     """
     start, decoded = time.monotonic(), 0
-    _refuse_others(out)
     try:
+        _refuse_others(out)
         whole = _whole(plan, out)
         if whole is None:
             out.mkdir(parents=True, exist_ok=True)
             with _alone(out):
                 whole = _whole(plan, out)  # somebody else may have done it by now
                 if whole is None:
-                    whole, decoded = _write(plan, out, unreadable, workers, way_out)
-                _tidy(out, whole)
+                    whole, decoded = _write(plan, out, unreadable, workers, way_out, others)
+                _tidy(plan, out, whole)
     except OSError as error:
         raise InputError(f"{error.filename or out}: {error.strerror}{way_out}") from None
     skipped = [told for index in whole.values() for told in index.source["unreadable"]]
@@ -118,31 +141,13 @@ def write(
     return Packing(whole, skipped, decoded, time.monotonic() - start)
 
 
-def prepare(config: DataConfig) -> None:
-    """Decodes `folder` or `celeba` into the cache, where it is not there yet. Raises InputError."""
-    way_out = "; set XDG_CACHE_HOME to a folder with room, or use python -m vae_dist.pack and --data.name packed"
-    write(plan_of(config), cache_folder(config), config.unreadable, way_out=way_out)
-
-
-def cache_folder(config: DataConfig) -> Path:
-    """Where the packed images of `folder` or `celeba` are, or will be: another place when any file has changed."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "vae_dist" / plan_of(config).fingerprint()[:32]
-
-
-@cache
-def plan_of(config: DataConfig) -> Plan:
-    """Once in a process, which asks several times."""
-    return folder.plan(config)
-
-
 def _write(
-    plan: Plan, out: Path, unreadable: Literal["refuse", "skip"], workers: int | None, way_out: str
+    plan: Plan, out: Path, unreadable: Literal["refuse", "skip"], workers: int | None, way_out: str, others: Sequence[Path]
 ) -> tuple[dict[str, Index], int]:
     """The finished pack, and how many images were decoded for it this time."""
     jobs = {side: _jobs(plan, out, side) for side in SIDES}
     every = [job for side in SIDES for job in jobs[side]]
-    done = {job.file: found for job in every if (found := job.finished())}
+    done = {job.file: found for job in every if (found := job.finished() or job.link(others))}
     left = [job for job in every if job.file not in done]
     if left:
         _announce(plan, out, left, way_out)
@@ -181,10 +186,27 @@ def _whole(plan: Plan, out: Path) -> dict[str, Index] | None:
     """The finished pack of a folder, if it is one. Raises InputError where it is of other pictures."""
     if not all((out / side / packed.INDEX).is_file() for side in SIDES):
         return None
-    whole = {side: packed.read_index(out / side) for side in SIDES}
-    if any(index.source.get("fingerprint") != plan.fingerprint() for index in whole.values()):
-        raise InputError(f"{out}: holds a pack of other pictures or options; name a new folder, or remove it")
-    return whole
+    found = {side: _sound(plan, out / side) for side in SIDES}
+    whole = {side: index for side, index in found.items() if index}
+    return whole if len(whole) == len(SIDES) else None
+
+
+def _sound(plan: Plan, folder: Path) -> Index | None:
+    """The index of a side, where all of its shards are there. Raises InputError where it is of other pictures."""
+    try:
+        index = packed.read_index(folder)
+    except InputError:
+        if any(folder.glob(".shard-*.json")):
+            return None
+        raise InputError(f"{folder / packed.INDEX}: damaged, or of no pack; name a new folder, or remove it") from None
+    if index.source.get("fingerprint") != plan.fingerprint():
+        raise InputError(f"{folder.parent}: holds a pack of other pictures or options; name a new folder, or remove it")
+    try:
+        for shard in index.shards:
+            packed.require_size(folder, shard)
+    except InputError:
+        return None
+    return index
 
 
 def _refuse_others(out: Path) -> None:
@@ -193,10 +215,16 @@ def _refuse_others(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError(f"{out}: is a file; name a new or empty folder")
-    foreign = [path for path in out.iterdir() if path.name not in (*SIDES, _LOCK, _LIST)]
-    foreign += [path for side in SIDES for path in (out / side).glob("*") if not _OURS.fullmatch(path.name)]
+    sides = [out / side for side in SIDES if (out / side).is_dir()]
+    foreign = [path for path in out.iterdir() if path not in sides and not _is_ours(path, _OF_PACK)]
+    foreign += [path for side in sides for path in side.iterdir() if not _is_ours(path, _OF_SIDE)]
     if foreign:
-        raise InputError(f"{out}: holds {foreign[0].relative_to(out)}, which is no part of a pack; name a new or empty folder")
+        name = foreign[0].relative_to(out)
+        raise InputError(f"{out}: holds {name}, which is no part of a pack; remove that, or name a new or empty folder")
+
+
+def _is_ours(path: Path, names: re.Pattern[str]) -> bool:
+    return names.fullmatch(path.name) is not None and not path.is_dir()
 
 
 def _refuse_unreadable(plan: Plan, out: Path, unreadable: list[str]) -> None:
@@ -208,7 +236,7 @@ def _refuse_unreadable(plan: Plan, out: Path, unreadable: list[str]) -> None:
     more = f"; … (all are listed in {out / _LIST})" if len(unreadable) > _LISTED else ""
     raise InputError(
         f"{plan.root}: {len(unreadable)} of {len(plan.train) + len(plan.test)} files cannot be read: {named}{more}. "
-        "Mend or remove them, or leave them out with --data.unreadable skip (of vae_dist.pack: --unreadable skip)"
+        "Mend or remove them; a training leaves them out with --data.unreadable skip, vae_dist.pack with --unreadable skip"
     )
 
 
@@ -274,12 +302,17 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _tidy(out: Path, whole: dict[str, Index]) -> None:
-    """Removes what only an unfinished pack needs, and shards of pictures that are there no more."""
-    for name in (_LIST, _LOCK):
-        (out / name).unlink(missing_ok=True)
+def _tidy(plan: Plan, out: Path, whole: dict[str, Index]) -> None:
+    """Removes what only an unfinished pack needs, and shards of pictures that are there no more.
+
+    The records stay, by which a lost shard is written again, and serves another pack.
+    """
+    for path in out.iterdir():
+        if _is_ours(path, _OF_PACK):
+            path.unlink(missing_ok=True)
     for side, index in whole.items():
         kept = {packed.INDEX, *(shard.filename for shard in index.shards)}
+        kept |= {job.record.name for job in _jobs(plan, out, side)}
         for path in (out / side).iterdir():
-            if path.name not in kept:
+            if path.name not in kept and _is_ours(path, _OF_SIDE):
                 path.unlink()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vae_dist.config import DataConfig, InputError
-from vae_dist.data import colour_glyphs, glyphs, packing
+from vae_dist.data import cache, colour_glyphs, glyphs
 from vae_dist.data.idx import read_idx
 from vae_dist.data.images import Images, Resident
 from vae_dist.data.packed import Packed
@@ -39,15 +39,17 @@ _EMBEDDED = {"glyphs": glyphs, "glyphs64": colour_glyphs}
 _CIFAR_FOLDER = "cifar-10-batches-py"
 
 
-def load(config: DataConfig, train: bool) -> Images:
-    """The training or the test images. Raises InputError where they are missing, damaged or empty."""
+def load(config: DataConfig, train: bool, home: Path | None = None) -> Images:
+    """The training or the test images. Raises InputError where they are missing, damaged or empty.
+
+    `home` is what `fetch_missing` returned on this machine.
+    """
     if config.name in _EMBEDDED:
         drawn = _EMBEDDED[config.name]
         start, n = (0, drawn.TRAIN_IMAGES) if train else (drawn.TRAIN_IMAGES, drawn.TEST_IMAGES)
         return Resident(*drawn.draw(start, start + n))
     if config.name in ("folder", "celeba", "packed"):
-        home = Path(config.root) if config.name == "packed" else packing.cache_folder(config)
-        return Packed(home / ("train" if train else "test"))
+        return Packed((home or Path(config.root)) / ("train" if train else "test"))
     if config.name == "stream":
         return Streamed(config, "train" if train else "test")
     if config.name == "cifar10":
@@ -55,16 +57,17 @@ def load(config: DataConfig, train: bool) -> Images:
     return _load_idx(_IDX_SETS[config.name], Path(config.root), train)
 
 
-def fetch_missing(config: DataConfig) -> None:
+def fetch_missing(config: DataConfig) -> Path | None:
     """Downloads the data set with torchvision where it is not under the root, or decodes it where it is a folder of pictures.
 
-    Run by one process of each machine. Raises InputError, within 15 seconds where there is no network, with the ways out.
+    Run by one process of each machine. Returns where decoded pictures are, and None of other sets. Raises InputError, within 15
+    seconds where there is no network, with the ways out.
     """
     if config.name in ("folder", "celeba"):
-        packing.prepare(config)
+        return cache.prepare(config)
     root = Path(config.root)
-    if config.name in (*_EMBEDDED, "folder", "celeba", "packed", "stream") or not (missing := _missing(config.name, root)):
-        return
+    if config.name in (*_EMBEDDED, "packed", "stream") or not (missing := _missing(config.name, root)):
+        return None
     from torchvision import datasets  # costs seconds: only where it is needed
 
     kind = getattr(datasets, _IDX_SETS[config.name].torchvision if config.name in _IDX_SETS else "CIFAR10")
@@ -81,6 +84,7 @@ def fetch_missing(config: DataConfig) -> None:
             f"Put the files into {_home(config.name, root)}, or name the folder that has them with --data.root DIR, "
             "or train on the embedded set with --data.name glyphs"
         ) from None
+    return None
 
 
 def _home(name: str, root: Path) -> Path:

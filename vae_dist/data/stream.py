@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from vae_dist.config import DataConfig, ImagesLost, InputError
 from vae_dist.data.bucket import Bucket
 from vae_dist.data.order import LANES, sharded_epoch_order
-from vae_dist.data.packed import Mapped, Shard, Sharded, mapped, read_index, require_size
+from vae_dist.data.packed import INDEX, Mapped, Shard, Sharded, mapped, read_index, require_size, sha256_of
 
 _FETCHERS = 8  # threads: one connection to a bucket brings some 50 MB/s, after a wait
 _MOST_AHEAD = 64  # shards that are mapped at once, unless a step needs more
@@ -35,11 +35,9 @@ class Streamed(Sharded):
             super().__init__(bucket.index())
             open_shard, most = partial(bucket.open, self._image_bytes), self._most_ahead(cache_bytes)
         else:
-            folder = Path(root) / side
-            super().__init__(read_index(folder))
-            for shard in self._index.shards:
-                require_size(folder, shard)
-            open_shard, most = partial(_open_file, folder, self._image_bytes), _MOST_AHEAD
+            super().__init__(read_index(Path(root) / side))
+            folder = _Folder(Path(root) / side, self._index.shards)
+            open_shard, most = partial(folder.open, self._image_bytes), _MOST_AHEAD
         self._shelf = _Shelf(lambda number: open_shard(self._index.shards[number]), len(self._index.shards), most)
 
     def _most_ahead(self, cache_bytes: int) -> int:
@@ -74,8 +72,34 @@ class Streamed(Sharded):
         return np.searchsorted(self._ends, indices.numpy(), side="right")
 
 
-def _open_file(folder: Path, image_bytes: int, shard: Shard) -> Mapped:
-    return mapped(folder / shard.filename, shard.images, image_bytes)
+class _Folder:
+    """One side of a packed set on a disk, whose files somebody may replace while they are trained on."""
+
+    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+        """Raises InputError where shards are missing, or have not the sizes that were written."""
+        self._folder = folder
+        self._written = {shard: self._time_of(shard) for shard in shards}
+
+    def open(self, image_bytes: int, shard: Shard) -> Mapped:
+        """The images of a shard. Raises ImagesLost where it is not the one of the index any more.
+
+        A file of another time than when the index was read is compared with its SHA-256; the others need not be read for that.
+        """
+        file = self._folder / shard.filename
+        try:
+            written = self._time_of(shard)
+        except InputError as error:
+            raise ImagesLost(str(error)) from None
+        if written != self._written[shard]:
+            if sha256_of(file) != shard.sha256:
+                raise ImagesLost(f"{file}: was replaced: its SHA-256 is not the one in {INDEX}")
+            self._written[shard] = written
+        return mapped(file, shard.images, image_bytes)
+
+    def _time_of(self, shard: Shard) -> int:
+        """When a file was written, in ns."""
+        require_size(self._folder, shard)
+        return (self._folder / shard.filename).stat().st_mtime_ns
 
 
 class _Shelf:
@@ -87,16 +111,17 @@ class _Shelf:
         self._shards: dict[int, Future[Mapped]] = {}
         self._plan = deque[int]()  # to be opened ahead
         self._uses = np.zeros(shards, np.int64)  # images of each shard that will still be taken
+        self._lost: Future[Mapped] = Future()  # fails with the first expected shard that somebody needs and cannot have
         self._changed = threading.Condition()
 
     def expect(self, numbers: list[int], uses: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> None:
         """Opens shards ahead in this order, in threads, in place of those that were expected before."""
         with self._changed:
-            self._uses = uses
+            self._uses, self._lost = uses, Future()
             self._plan = deque(numbers)
             self._close_unused()
         for _ in range(min(_FETCHERS, len(numbers))):
-            threading.Thread(target=self._work, args=(self._plan,), name="fetch shards", daemon=True).start()
+            threading.Thread(target=self._work, args=(self._plan,), name="shards ahead", daemon=True).start()
 
     def take(self, images: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> None:
         """Says how many images of each shard were taken."""
@@ -105,15 +130,23 @@ class _Shelf:
             self._close_unused()
 
     def get(self, number: int) -> Mapped:
-        """An open shard. Raises ImagesLost where it cannot be had."""
+        """An open shard. Raises ImagesLost where it cannot be had; then everybody else, too, until the next `expect`.
+
+        For a server that is gone is gone for all shards: who waits for another, or would begin to, would double the patience.
+        """
         with self._changed:
-            future = self._shards.get(number)
-            is_first = future is None
-            if future is None:
+            lost, future = self._lost, self._shards.get(number)
+            if future is None and not lost.done():
                 future = self._shards[number] = Future()
-        if is_first:
-            self._fill(number, future)
-        return future.result()
+                threading.Thread(target=self._fill, args=(number, future), name="shard needed", daemon=True).start()
+        if future is not None and not future.done():
+            wait((future, lost), return_when=FIRST_COMPLETED)
+        found = future if future is not None and future.done() else lost
+        if (error := found.exception()) is not None:
+            with self._changed:
+                if self._uses[number] > 0 and not lost.done():
+                    lost.set_exception(error)
+        return found.result()
 
     def _work(self, plan: deque[int]) -> None:
         """In a thread: opens the shards of a plan until it is done, or there is another."""
