@@ -79,7 +79,8 @@ def test_accelerate_starts_a_run(config: str, machines: int, processes: int, qui
     train = ["-m", "vae_dist.train", *quick, "--output", tmp_path / "run"]
     if machines > 1:
         start += ["--num_processes", processes, "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
-    ends([begin([*start, "--machine_rank", rank, *train]) for rank in range(machines)], 0)
+    told = ends([begin([*start, "--machine_rank", rank, *train]) for rank in range(machines)], 0)
+    assert told.count("finished: 2 epochs") == 1, "once a run, not once a machine"
     assert state(tmp_path / "run") == "finished"
     assert records(tmp_path / "run")[-1]["epoch"] == 2
 
