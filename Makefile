@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash bench bench-networks communication scaling verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash bench bench-data bench-networks batch-size communication scaling verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,8 +68,14 @@ test-crash: setup ## kill a run at 70 random moments and compare it with one lef
 bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST in DATA (data), and draw it; a quarter of an hour
 	$(BIN)/python -m benchmarks.bench --data $(or $(DATA),data) $(ARGS)
 
+bench-data: setup ## time packed images beside torchvision's ImageFolder, on JPEGs that it makes; some three minutes
+	$(BIN)/python -m benchmarks.packed $(ARGS)
+
 bench-networks: setup ## time the convolutional networks on packed images: on a GPU, or small on the CPU
 	$(BIN)/python -m benchmarks.networks $(ARGS)
+
+batch-size: setup ## which learning rate is best at which batch size, on MNIST in DATA (data); some ten minutes
+	$(BIN)/python -m benchmarks.batch_size --data $(or $(DATA),data) $(ARGS)
 
 communication: setup ## time sums over gloo, here and between network namespaces (as root), and fit them; some three minutes
 	$(BIN)/python -m benchmarks.communication $(ARGS)

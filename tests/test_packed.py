@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -105,9 +106,10 @@ def test_a_shard_is_laid_out_as_litdata_reads_it(pack: Path, pictures: Path) -> 
 
 
 def test_litdata_reads_the_same_images(pack: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    litdata = pytest.importorskip("litdata")
+    from litdata import StreamingDataset  # costs seconds
+
     monkeypatch.setenv("HOME", str(tmp_path))
-    streamed = litdata.StreamingDataset(str(pack / "test"))
+    streamed = StreamingDataset(str(pack / "test"))
     assert b"".join(bytes(streamed[i]) for i in range(len(streamed))) == expected(pictures, "test").numpy().tobytes()
 
 
@@ -121,6 +123,28 @@ def test_images_come_by_their_numbers_across_shards_and_threads(side: str, pack:
     assert torch.equal(images.rows(torch.tensor([[2, -1]])), right[torch.tensor([[2, 0]])])
     steps = torch.randint(0, len(right), (40, 1, 9), generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.stack(list(images.stream(steps))), right[steps])
+
+
+def test_the_disk_is_asked_for_every_byte_of_a_batch_at_once(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Packed(pack / "train")
+    asked: list[tuple[int, int, int]] = []
+
+    class File:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def madvise(self, option: int, start: int, length: int) -> None:
+            assert option == mmap.MADV_WILLNEED
+            assert start % mmap.PAGESIZE == 0
+            asked.append((self.number, start, start + length))
+
+    files = [(pack / "train" / f"shard-{number:05d}.bin").read_bytes() for number in range(-(-len(images) // IN_SHARD))]
+    monkeypatch.setattr(images, "_files", [File(number) for number in range(len(files))])
+    numbers = torch.tensor([IN_SHARD, 0, len(images) - 1, IN_SHARD - 1, 3])
+    for image, (number, start, stop) in zip(images.fetch(numbers), asked, strict=True):
+        at = files[number].find(image.numpy().tobytes())
+        assert start <= at
+        assert stop == at + IMAGE_BYTES
 
 
 def test_a_pack_says_what_it_holds_and_how_to_train_from_it(pictures: Path, command: Command, tmp_path: Path) -> None:
@@ -188,6 +212,7 @@ def write_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
         (damage_index(lambda index: index["vae_dist"].update(shape=[3, 4, 5])), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"].pop()), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"][0].update(sha256="0")), "index.json: damaged"),
+        (damage_index(lambda index: index["chunks"][0].update(chunk_bytes=9)), "index.json: damaged"),
         (damage_index(lambda index: index["chunks"][0].update(filename="../../x")), "index.json: damaged"),
     ],
 )
@@ -236,6 +261,22 @@ def test_unreadable_files_are_all_found_and_refused_or_skipped(pictures: Path, c
     packing.plan_of.cache_clear()
     skip = ["--data.unreadable", "skip", "--trainer.epochs", 1]
     assert command("train", *train, "--output", tmp_path / "run", *skip).status == 0
+
+
+def test_pictures_that_changed_under_an_unfinished_pack_are_decoded_anew(
+    pictures: Path, command: Command, tmp_path: Path
+) -> None:
+    root, out = tmp_path / "pictures", tmp_path / "pack"
+    shutil.copytree(pictures, root)
+    (root / "bad.png").touch()
+    refused(command("pack", root, out, "--size", SIZE + 1), "1 of 61 files")
+    refused(command("pack", root, out, "--size", SIZE), "1 of 61 files")
+    (root / "bad.png").unlink()
+    Image.new("RGB", (6, 6), (255, 0, 0)).save(root / "0" / "0.png")
+    assert command("pack", root, out, "--size", SIZE).status == 0
+    packing.plan_of.cache_clear()
+    for side in ("train", "test"):
+        assert torch.equal(torch.cat(list(Packed(out / side).blocks())), expected(root, side))
 
 
 def test_a_side_that_has_only_unreadable_files_is_refused(command: Command, tmp_path: Path) -> None:
@@ -332,11 +373,21 @@ def test_a_changed_folder_is_decoded_anew(pictures: Path, tmp_path: Path, capsys
 def test_a_full_disk_is_one_error_with_a_way_out(
     pictures: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tried = []
+
     def full(file: Path, content: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
+    def slow(*args: Any) -> bytes:
+        tried.append(args)
+        time.sleep(0.02)
+        return decode(*args)
+
     monkeypatch.setattr(packing, "write_atomically", full)
-    refused(command("pack", pictures, tmp_path / "out"), "shard-00000.bin: No space left on device; make room")
+    monkeypatch.setattr(packing, "decode", slow)
+    options = ["--size", SIZE, "--workers", 1]
+    refused(command("pack", pictures, tmp_path / "out", *options), "shard-00000.bin: No space left on device; make room")
+    assert len(tried) < 2 * IN_SHARD, "nothing is decoded that cannot be written"
     train = ["--data.name", "folder", "--data.root", pictures, "--data.image_size", SIZE, "--output", tmp_path / "run"]
     refused(command("train", *train), "No space left on device; set XDG_CACHE_HOME")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]

@@ -96,6 +96,13 @@ def test_a_crop_comes_first(tmp_path: Path) -> None:
     assert decode(tmp_path / "picture.png", Decoding(3, 1, crop=3)) == picture[2:5, 3:6].tobytes()
 
 
+def test_a_crop_is_of_a_jpeg_in_its_full_size(tmp_path: Path) -> None:
+    picture = Image.new("L", (64, 64), 255)
+    picture.paste(0, (24, 24, 40, 40))
+    picture.save(tmp_path / "picture.jpg", quality=100)
+    assert max(decode(tmp_path / "picture.jpg", Decoding(4, 1, crop=16))) < 5
+
+
 def test_a_large_jpeg_is_not_decoded_in_full_yet_looks_the_same(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 512).round().astype(np.uint8)
     picture = Image.fromarray(np.broadcast_to(ramp, (512, 512)).copy())

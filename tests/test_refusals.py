@@ -118,9 +118,18 @@ def test_data_that_changed_under_a_run_is_refused(quick: list[object], command: 
     assert command("train", *options).status == 0
     write_idx_set(root, *glyphs.draw(0, 150), *glyphs.draw(200, 250))
     refused(command("train", *options, "--trainer.epochs", 3), "trained on 200 images, but there are 150")
+    write_idx_set(root, *glyphs.draw(1000, 1200), *glyphs.draw(200, 250))
+    refused(command("train", *options, "--trainer.epochs", 3), "trained on other images than those in --data.root")
     images, labels = glyphs.draw(200, 250)
     write_idx_set(root, *glyphs.draw(0, 200), images[..., :20], labels)
     refused(command("train", *options, "--trainer.epochs", 3), "images of 1x28x20 pixels, where 1x28x28 are expected")
+
+
+def test_a_folder_of_something_else_is_refused_before_any_picture_is_decoded(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "no picture.png").write_text("at all")
+    options = ["--data.name", "folder", "--data.root", tmp_path / "pictures", "--output", tmp_path]
+    refused(command("train", *options), "holds files but no run")
 
 
 def test_what_this_machine_lacks_is_refused(quick: list[object], command: Command, tmp_path: Path) -> None:

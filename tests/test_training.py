@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 import vae_dist
 from tests.helpers import Outcome, begin, everything, records, reference_terms, refused, resident
-from vae_dist.config import DataConfig
+from vae_dist.config import DataConfig, ModelConfig
 from vae_dist.data import as_images
+from vae_dist.generate import traversals
+from vae_dist.model import build_model
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.options import parse
 from vae_dist.run import RunFolder
@@ -181,6 +183,15 @@ def test_a_finished_run_asked_again_says_so_and_changes_nothing(quick: list[obje
     assert everything(tmp_path / "run") == before
 
 
+def test_a_run_that_goes_on_does_not_read_the_images_for_where_it_began(
+    quick: list[object], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*quick, "--model.output_bias", "data", "--output", tmp_path / "run"]
+    assert command("train", *options).status == 0
+    monkeypatch.setattr("vae_dist.model.set_output_bias", lambda *_: pytest.fail("all images were read"))
+    assert command("train", *options, "--trainer.epochs", 3).status == 0
+
+
 def test_more_epochs_go_on_from_the_end(quick: list[object], command: Command, tmp_path: Path) -> None:
     assert command("train", *quick, "--output", tmp_path / "two").status == 0
     assert command("train", *quick, "--output", tmp_path / "two", "--trainer.epochs", 3).status == 0
@@ -287,6 +298,19 @@ def test_generate_draws_its_pictures(finished: Path, command: Command, tmp_path:
     assert command("generate", finished).status == 0
     assert (finished / "generated" / "samples.png").is_file()
     assert command("generate", finished, "--samples", 0).status == 2
+
+
+def test_pictures_are_drawn_some_at_a_time_and_traversals_are_few() -> None:
+    model = build_model(ModelConfig(kind="conv", channels=1, latent_dim=40), (3, 64, 64), seed=0).eval()
+    sizes: list[int] = []
+    model.decoder.register_forward_pre_hook(lambda _, latents: sizes.append(len(latents[0])))
+    picture = traversals(model, torch.rand(1, 3, 64, 64))
+    assert picture.shape == (32 * 66 - 2, 11 * 66 - 2, 3)
+    assert model.sample(300).shape == (300, 3, 64, 64)
+    assert max(sizes) <= 166
+    assert sum(sizes) == 32 * 11 + 300
+    noise = normal(derive_key(0, Stream.SAMPLES), torch.arange(300), 40)
+    torch.testing.assert_close(model.sample(300), model.decode(noise))
 
 
 def test_the_environment_of_a_launcher_does_not_change_the_gradient(

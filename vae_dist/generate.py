@@ -24,6 +24,7 @@ from vae_dist.run import is_checkpoint, load_model
 
 _COLUMNS = 11  # of traversals and interpolations
 _REACH = 3.0  # of traversals, in standard deviations of the prior
+_MOST_DIMENSIONS = 32  # of traversals
 _TEST_IMAGES = 8
 
 
@@ -71,16 +72,17 @@ def main(args: list[str] | None = None) -> int:
 
 @torch.no_grad()
 def traversals(model: VAE, image: Tensor) -> Tensor:
-    """A grid with a row for each latent dimension, moved alone from -3 to 3 around one image's (1, …) posterior mean.
+    """A grid with a row for a latent dimension, moved alone from -3 to 3 around one image's (1, …) posterior mean.
 
-    The rows begin with the dimension in which that image's posterior tells most (largest KL).
+    The rows begin with the dimension in which that image's posterior tells most (largest KL); there are 32 at most.
     """
     mean, logvar = model.encode(image)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).squeeze(0)
-    latents = mean.repeat(model.latent_dim, _COLUMNS, 1)  # (dimension, column, latent_dim)
-    for row, dimension in enumerate(kl.argsort(descending=True).tolist()):
+    dimensions = kl.argsort(descending=True)[:_MOST_DIMENSIONS].tolist()
+    latents = mean.repeat(len(dimensions), _COLUMNS, 1)  # (dimension, column, latent_dim)
+    for row, dimension in enumerate(dimensions):
         latents[row, :, dimension] = torch.linspace(-_REACH, _REACH, _COLUMNS)
-    return grid(model.decode(latents.flatten(0, 1)), _COLUMNS)
+    return grid(model.decode_all(latents.flatten(0, 1)), _COLUMNS)
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def interpolations(model: VAE, images: Tensor) -> Tensor:
     start = model.encode(images).mean.unsqueeze(1)
     way = torch.linspace(0, 1, _COLUMNS).unsqueeze(1)
     latents = start + (start.roll(-1, dims=0) - start) * way
-    return grid(model.decode(latents.flatten(0, 1)), _COLUMNS)
+    return grid(model.decode_all(latents.flatten(0, 1)), _COLUMNS)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from vae_dist.config import ModelConfig
+from vae_dist.data import rows_at_once
 from vae_dist.data.images import Images
 from vae_dist.likelihoods import at_least_float32, build_likelihood
 from vae_dist.networks import build_networks, set_output_bias
 from vae_dist.noise import Stream, derive_key, normal
+
+_MOST_ROWS = 500  # of a forward pass
 
 
 class Posterior(NamedTuple):
@@ -57,12 +60,16 @@ class VAE(nn.Module):
         """E[x|z] in [0, 1], (batch, *image_shape), of latents (batch, latent_dim)."""
         return self.likelihood.mean(self.decoder(latents))
 
-    @torch.no_grad()
+    def decode_all(self, latents: Tensor) -> Tensor:
+        """`decode` without gradients, some latents at a time: memory is that of the images alone."""
+        with torch.no_grad():
+            return torch.cat([self.decode(block) for block in torch.split(latents, rows_at_once(self.image_shape, _MOST_ROWS))])
+
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """E[x|z] for n latents drawn from the prior; the same for the same seed, and the first of more."""
         device = next(self.parameters()).device
         noise = normal(derive_key(seed, Stream.SAMPLES), torch.arange(n, device=device), self.latent_dim)
-        return self.decode(noise)
+        return self.decode_all(noise)
 
 
 def reparameterize(posterior: Posterior, noise: Tensor) -> Tensor:
@@ -76,13 +83,12 @@ def reparameterize(posterior: Posterior, noise: Tensor) -> Tensor:
 def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int, images: Images | None = None) -> VAE:
     """A new model on the CPU, its weights a function of the seed; the global generator is left as it was.
 
-    With `model.output_bias: data` they also follow from the training images. Raises ValueError where those are missing.
+    With `model.output_bias: data` they also follow from the training images; without these, who restores weights anyway has
+    no need to read them all.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VAE(config, image_shape)
-    if config.output_bias == "data":
-        if images is None:
-            raise ValueError("output_bias: data: needs the training images")
+    if config.output_bias == "data" and images is not None:
         set_output_bias(model.decoder, images)
     return model

@@ -42,15 +42,21 @@ class RunFolder:
     def claim(self, config: Config) -> None:
         """Makes the folder this job's, or takes up the run that lies there. Rank zero only.
 
-        Raises InputError where it holds a run of another config, a running job, or something that is no run, and where
-        `--resume never` meets a run.
+        Raises InputError as `require_fit` does, and where another job is running there.
+        """
+        self.require_fit(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        self.require_fit(config)  # another job may have been there
+
+    def require_fit(self, config: Config) -> None:
+        """Raises InputError where the folder holds a run of another config, or something that is no run, and where
+        `--resume never` meets a run. It changes nothing.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--output {self.path}: is a file; name a folder")
         if self.path.is_dir() and not self._config.is_file() and any(p.name[0] != "." for p in self.path.iterdir()):
             raise InputError(f"--output {self.path}: holds files but no run; name a new or empty folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
         holds_run = self._config.is_file()
         if holds_run and config.resume == "never":
             raise InputError(f"--output {self.path}: holds a run, and --resume never would overwrite it; name another folder")

@@ -39,15 +39,18 @@ def main(args: list[str] | None = None) -> int:
     accelerator = start(config.trainer, config.data.batch_size)
     require_same(accelerator, lambda: {f"--{name}": str(value) for name, value in flat(config).items() if name != "data.root"})
     mode = from_first_rank(accelerator, lambda: wandb_mode(config))
+    run = RunFolder(config.output)
+    on_first_rank(accelerator, lambda: run.require_fit(config))  # before pictures are decoded, which may take long
     train = load_images(config.data, accelerator, train=True)
     test = load_images(config.data, accelerator, train=False, shape=train.shape)
-    run = RunFolder(config.output)
     baseline = from_first_rank(accelerator, lambda: baseline_speed(config))
     try:
         on_first_rank(accelerator, lambda: run.claim(config))
-        model = build_model(config.model, train.shape, config.seed, train)
+        source = from_first_rank(accelerator, lambda: find_checkpoint(config, run))
+        model = build_model(config.model, train.shape, config.seed, images=train if source is None else None)
         trainer = Trainer(config, accelerator, model, train, test, run)
-        source = resume(trainer, accelerator)
+        if source is not None:
+            together(accelerator, lambda: trainer.resume(source))
         if trainer.is_done() and from_first_rank(accelerator, run.state) == "finished":
             accelerator.print(f"{run.path} is finished. For more, raise --trainer.epochs, or name another --output")
             return 0
@@ -59,14 +62,6 @@ def main(args: list[str] | None = None) -> int:
         return run_to_end(trainer, accelerator, baseline)
     finally:
         run.release()
-
-
-def resume(trainer: Trainer, accelerator: Accelerator) -> Path | None:
-    """Goes on from the checkpoint that `--resume` means, and returns it, if there is one."""
-    source = from_first_rank(accelerator, lambda: find_checkpoint(trainer.config, trainer.run))
-    if source is not None:
-        together(accelerator, lambda: trainer.resume(source))
-    return source
 
 
 def find_checkpoint(config: Config, run: RunFolder) -> Path | None:

@@ -1,5 +1,6 @@
 """Training: fit -> epoch -> step. What a run computes follows from its config alone, at any number of processes."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ class Trainer:
         # What is evaluated, drawn and left at the end.
         self.result = self.model if self.step.averages is None else self.step.averages.model
         self.tracker = Tracker()
-        self.progress = Progress(images=len(train))
+        self.progress = Progress(images=len(train), data=train.digest())
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
         # Sums of this rank in each step since the last reduce, on the device: of `Terms.columns`.
         steps = min(self.partition.steps, config.tracking.log_every)
@@ -280,6 +281,11 @@ class Trainer:
                 f"{folder}: trained on {progress.images} images, but there are {len(self.train)} in "
                 f"--data.root {self.config.data.root}"
             )
-        self.progress = progress
+        if progress.data not in ("", self.progress.data):
+            raise InputError(
+                f"{folder}: trained on other images than those in --data.root {self.config.data.root}: their digest is "
+                f"{progress.data[:16]} there and {self.progress.data[:16]} here. Bring those back, or name another --output"
+            )
+        self.progress = dataclasses.replace(progress, data=self.progress.data)
         self._reduced_step = progress.step
         self.stopping = Stopping(self.accelerator, self.config.trainer.max_minutes, progress.step)

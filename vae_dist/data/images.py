@@ -9,12 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from vae_dist.data import binarized, white
+from vae_dist.data import binarized, rows_at_once, white
 from vae_dist.data.order import epoch_order
 
 _FETCHERS = 2  # threads
-_STEPS_AHEAD = 8  # enough for a slow fetch now and then; memory stays that of so many batches
-_BLOCK = 2048
+_STEPS_AHEAD = 8  # enough for a slow fetch now and then; memory stays that of some more batches
+_MOST_AT_ONCE = 2048
 
 
 class Images(ABC):
@@ -55,7 +55,8 @@ class Images(ABC):
 
     def blocks(self) -> Iterator[Tensor]:
         """All images by their numbers, some at a time."""
-        return map(self.rows, torch.split(torch.arange(len(self), device=self.device), _BLOCK))
+        numbers = torch.arange(len(self), device=self.device)
+        return map(self.rows, torch.split(numbers, rows_at_once(self.shape, _MOST_AT_ONCE)))
 
 
 class Resident(Images):
@@ -110,19 +111,35 @@ class HostImages(Images):
         return self._on_device(self._fetched(indices.cpu()))
 
     def stream(self, steps: Tensor) -> Iterator[Tensor]:
-        pool, ahead = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch"), deque[Future[Tensor]]()
-        steps = steps.cpu()
+        copied = deque[torch.cuda.Event]()
+        for found in self._fetched_ahead(steps.cpu()):
+            yield self._on_device(found)
+            if self.device.type == "cuda":
+                # A copy waits behind the steps before it, and its pinned memory is in use till then: no more than so many.
+                copied.append(torch.cuda.current_stream().record_event())
+                if len(copied) > _STEPS_AHEAD:
+                    copied.popleft().synchronize()
+
+    def _fetched_ahead(self, steps: Tensor) -> Iterator[Tensor]:
+        """The images of each step, on the host; threads fetch those of the next ones."""
+        pool, ahead = ThreadPoolExecutor(_FETCHERS, "fetch", self._begin_fetching), deque[Future[Tensor]]()
         self.announce(steps)
         try:
             for indices in steps:
                 ahead.append(pool.submit(self._fetched, indices))
                 if len(ahead) > _STEPS_AHEAD:
-                    yield self._on_device(ahead.popleft().result())
+                    yield ahead.popleft().result()
             while ahead:
-                yield self._on_device(ahead.popleft().result())
+                yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
             self.announce(steps[:0])
+
+    def _begin_fetching(self) -> None:
+        """In each thread: as in torch's own loaders, it works alone, and for the GPU of this rank."""
+        torch.set_num_threads(1)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def _fetched(self, indices: Tensor) -> Tensor:
         found = self.fetch(indices.flatten().clamp(min=0)).view(*indices.shape, *self.shape)
