@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash test-slurm test-launch bench bench-data bench-networks batch-size communication scaling verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash test-slurm test-launch bench bench-data bench-networks batch-size communication scaling verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ train-multi-gpu: setup ## train in one process per visible GPU; without GPUs on 
 	set -x; \
 	exec $(BIN)/accelerate launch --config_file launch/$$([ $$processes -gt 1 ] && echo multi || echo one)_gpu.yaml \
 		--num_processes $$processes $(TRAIN) --output $(MULTI_OUTPUT) $(ARGS)
+
+doctor: setup ## look for what would keep CONFIG from training here, in one process; the README has it for several
+	$(BIN)/python -m vae_dist.doctor --config $(CONFIG) $(ARGS)
 
 test: setup ## run the tests, some at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

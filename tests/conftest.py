@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.helpers import Outcome, launch, write_idx_set
 from tests.object_storage import TEST, TRAIN, Server, Way, write_set
-from vae_dist import check, evaluate, generate, pack, train, verify
+from vae_dist import check, doctor, evaluate, generate, pack, train, verify
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
 
@@ -78,7 +78,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     threads = torch.get_num_threads()
     mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
-    mains |= {"check": check.main, "verify": verify.main, "pack": pack.main}
+    mains |= {"check": check.main, "verify": verify.main, "pack": pack.main, "doctor": doctor.main}
 
     def run(name: str, *args: object) -> Outcome:
         capsys.readouterr()

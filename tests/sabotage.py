@@ -1,17 +1,19 @@
-"""Run in real processes: vae_dist.train, but something goes wrong, on one rank or in its gradients.
+"""Run in real processes: vae_dist.train or doctor, but something goes wrong, on one rank or in its gradients.
 
-python -m tests.sabotage FAULT [options of vae_dist.train]
+python -m tests.sabotage FAULT [doctor] [options of vae_dist.train]
 """
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vae_dist import distributed, train
+from vae_dist import distributed, doctor, network, train
+from vae_dist.config import DataConfig
 from vae_dist.data import sources
 from vae_dist.data.images import Images, Resident
 from vae_dist.trainer import Trainer
@@ -71,6 +73,23 @@ def averaged_gradients() -> None:
     DistributedDataParallel.register_comm_hook = lambda *_: None  # type: ignore[method-assign]
 
 
+def a_dead_file_system(config: DataConfig) -> str:
+    time.sleep(60)
+    return ""
+
+
+def hang() -> None:
+    sources.to_be_fetched = a_dead_file_system
+
+
+def odd_in_every_way() -> None:
+    other_software()
+    another_seed()
+    clock, rate = time.time, network._matmul_rate
+    time.time = lambda: clock() + 7
+    network._matmul_rate = lambda device, precision: rate(device, precision) / 1000
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "weight": lambda: at_step(last_bit_of_a_weight),
     "moment": lambda: at_step(a_moment),
@@ -79,6 +98,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "software": other_software,
     "seed": another_seed,
     "average": averaged_gradients,
+    "hang": hang,
+    "odd": odd_in_every_way,
 }
 
 
@@ -86,4 +107,5 @@ if __name__ == "__main__":
     fault = sys.argv.pop(1)
     if int(os.environ.get("RANK", "0")) == RANK or fault == "average":
         FAULTS[fault]()
-    distributed.run_entry_point(train.main)
+    program = sys.argv.pop(1) if sys.argv[1:2] == ["doctor"] else "train"
+    distributed.run_entry_point(doctor.main if program == "doctor" else train.main)

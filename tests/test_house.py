@@ -64,6 +64,10 @@ ORDER = [
     "verify",
     "generate",
     "pack",
+    "meeting",
+    "health",
+    "network",
+    "doctor",
 ]
 
 PACKAGE = Path(vae_dist.__file__).parent

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
@@ -64,22 +64,33 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     cannot be had, or the processes run other versions of the software.
     """
     trainer = trainer or TrainerConfig()
-    _check_launch()
-    _follow_launcher()
-    if trainer.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.set_flush_denormal(True)  # Adam's moments for pixels that are rarely lit decay into them: a fifth of an epoch
-    # Without GPUs Accelerate must be told, or torchrun's processes would each take themselves for the only one.
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    check_launch()
+    require_hardware(trainer)
+    accelerator = connect(trainer, batch_size)
+    require_same(accelerator, lambda: versions() | {"device": accelerator.device.type})
+    return accelerator
+
+
+def require_hardware(trainer: TrainerConfig) -> None:
+    """Raises InputError where this machine lacks what the options or the launcher want of it."""
+    on_cpu = is_on_cpu()
     if trainer.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported():
         raise InputError("--trainer.precision bf16: this GPU has none; take fp16 or fp32")
     if trainer.precision in ("fp16", "tf32") and on_cpu:
         raise InputError(f"--trainer.precision {trainer.precision}: needs a GPU, and none is visible; take bf16 or fp32")
     if trainer.compile and on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise InputError("--trainer.compile true: needs a C++ compiler, g++ or what CXX names, and there is none; leave it out")
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not on_cpu and local_processes > torch.cuda.device_count():
-        raise InputError(f"{local_processes} processes were started here for {torch.cuda.device_count()} visible GPUs")
+    if not on_cpu and local_processes() > torch.cuda.device_count():
+        raise InputError(f"{local_processes()} processes were started here for {torch.cuda.device_count()} visible GPUs")
+
+
+def connect(trainer: TrainerConfig, batch_size: int = 1) -> Accelerator:
+    """`start` without its questions: the processes come together, whatever they are."""
+    _follow_launcher()
+    if trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.set_flush_denormal(True)  # Adam's moments for pixels that are rarely lit decay into them: a fifth of an epoch
+    on_cpu = is_on_cpu()
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_PRECISIONS[trainer.precision],
@@ -98,7 +109,6 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise InputError(f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}")
-    require_same(accelerator, lambda: _versions() | {"device": accelerator.device.type})
     if trainer.deterministic:
         torch.set_num_threads(1)  # how a sum is split over threads shows in its last bits
         if not on_cpu:
@@ -108,8 +118,18 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     by_launcher = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if on_cpu and by_launcher and os.environ.get("OMP_NUM_THREADS") == "1":
         # Launchers say one thread, whatever the machine has: share out its cores.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes()))
     return accelerator
+
+
+def is_on_cpu() -> bool:
+    """Without GPUs Accelerate must be told, or torchrun's processes would each take themselves for the only one."""
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+
+
+def local_processes() -> int:
+    """How many processes of this run the launcher started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def set_tf32(allowed: bool) -> None:
@@ -141,8 +161,11 @@ def _meet(_: str, timeout: timedelta, **options: object) -> Iterator[tuple[Store
 register_rendezvous_handler(_MEETING, _meet)  # type: ignore[no-untyped-call]
 
 
-def _check_launch() -> None:
-    """`accelerate launch --cpu --num_processes 2` starts one process: it sets an address, but no number of processes."""
+def check_launch() -> None:
+    """Raises InputError after `accelerate launch --cpu --num_processes 2`, which starts one process.
+
+    It sets an address, but no number of processes.
+    """
     meant_several = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
     if meant_several and "WORLD_SIZE" not in os.environ:
         raise InputError(
@@ -210,7 +233,11 @@ class Difference(NamedTuple):
 
 def differences_of_ranks(accelerator: Accelerator, facts: Mapping[str, str]) -> list[Difference]:
     """Where `facts`, words by name, are not the same on all ranks. All ranks call it and get the same answer."""
-    of_ranks: list[dict[str, str]] = gather_object([dict(facts)])
+    return differences_in(gather_object([dict(facts)]))
+
+
+def differences_in(of_ranks: Sequence[Mapping[str, str]]) -> list[Difference]:
+    """Where the facts of each rank are not the same."""
     found = []
     for name in dict.fromkeys(name for mine in of_ranks for name in mine):
         values = [mine.get(name, "missing") for mine in of_ranks]
@@ -228,7 +255,7 @@ def require_same(accelerator: Accelerator, facts: Callable[[], Mapping[str, str]
         raise InputError(f"the processes of one run must be alike, but {listed}")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
     return {
         "vae_dist": f"{__version__} (source {source.hexdigest()[:8]})",

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from vae_dist.config import DataConfig
-from vae_dist.data import folder, packing
+from vae_dist.data import folder, packed, packing
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEPT_SECONDS = 30 * 24 * 3600  # without a start that used it
@@ -24,14 +24,27 @@ def prepare(config: DataConfig) -> Path:
     whose pictures are as they were are one file under both names.
     """
     plan = folder.plan(config)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vae_dist"
-    home = root / plan.fingerprint()[:32]
+    home = _home(plan)
     with contextlib.suppress(OSError):  # it is not there yet, or belongs to somebody else
         os.utime(home)
-    others = [path for path in root.glob("*") if _KEY.fullmatch(path.name) and path != home]
+    others = [path for path in home.parent.glob("*") if _KEY.fullmatch(path.name) and path != home]
     packing.write(plan, home, config.unreadable, way_out=_WAY_OUT, others=others)
     _remove_unused(others)
     return home
+
+
+def to_be_decoded(config: DataConfig) -> str:
+    """What `prepare` has to do, in words; empty where all is done. Raises InputError where it could not."""
+    plan = folder.plan(config)
+    home = _home(plan)
+    if all((home / side / packed.INDEX).is_file() for side in packing.SIDES):
+        return ""
+    return f"{len(plan.train) + len(plan.test):,} pictures will first be decoded into {home}"
+
+
+def _home(plan: folder.Plan) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "vae_dist" / plan.fingerprint()[:32]
 
 
 def _remove_unused(homes: list[Path]) -> None:

@@ -5,12 +5,13 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from vae_dist.config import DataConfig, InputError
 from vae_dist.data import cache, colour_glyphs, glyphs
+from vae_dist.data.folder import IMAGE_SIZE
 from vae_dist.data.idx import read_idx
 from vae_dist.data.images import Images, Resident
 from vae_dist.data.packed import Packed
@@ -37,6 +38,7 @@ _IDX_SETS = {
 }
 _EMBEDDED = {"glyphs": glyphs, "glyphs64": colour_glyphs}
 _CIFAR_FOLDER = "cifar-10-batches-py"
+_SHAPES = dict.fromkeys((*_IDX_SETS, "glyphs"), (1, 28, 28)) | {"cifar10": (3, 32, 32), "glyphs64": (3, 64, 64)}
 
 
 def load(config: DataConfig, train: bool, home: Path | None = None) -> Images:
@@ -57,6 +59,37 @@ def load(config: DataConfig, train: bool, home: Path | None = None) -> Images:
     return _load_idx(_IDX_SETS[config.name], Path(config.root), train)
 
 
+def is_embedded(config: DataConfig) -> bool:
+    """Whether the images are drawn by this package, from no file."""
+    return config.name in _EMBEDDED
+
+
+def known_shape(config: DataConfig) -> tuple[int, int, int] | None:
+    """The shape of an image, without reading any; None where it cannot be told."""
+    if config.name in ("folder", "celeba"):
+        side = config.image_size or IMAGE_SIZE
+        return config.channels, side, side
+    if config.name in _SHAPES:
+        return _SHAPES[config.name]
+    try:
+        channels, height, width = load(config, train=True).shape
+    except InputError:
+        return None
+    return channels, height, width
+
+
+def to_be_fetched(config: DataConfig) -> str:
+    """What `fetch_missing` has to do, in words; empty where all is there. Raises InputError where it could not."""
+    root = Path(config.root)
+    if config.name in ("folder", "celeba"):
+        return cache.to_be_decoded(config)
+    if config.name in (*_EMBEDDED, "packed", "stream") or not (missing := _missing(config.name, root)):
+        return ""
+    if not _any_answers(_mirrors(config.name)):
+        raise InputError(_way_out(config, missing, "no server answers; is there a network?"))
+    return f"{missing} is missing in {root}, and will first be downloaded"
+
+
 def fetch_missing(config: DataConfig) -> Path | None:
     """Downloads the data set with torchvision where it is not under the root, or decodes it where it is a folder of pictures.
 
@@ -68,23 +101,36 @@ def fetch_missing(config: DataConfig) -> Path | None:
     root = Path(config.root)
     if config.name in (*_EMBEDDED, "packed", "stream") or not (missing := _missing(config.name, root)):
         return None
-    from torchvision import datasets  # costs seconds: only where it is needed
-
-    kind = getattr(datasets, _IDX_SETS[config.name].torchvision if config.name in _IDX_SETS else "CIFAR10")
-    urls = list(getattr(kind, "mirrors", None) or [kind.url])
     try:
-        if not _any_answers(urls):
+        if not _any_answers(_mirrors(config.name)):
             raise ConnectionError("no server answers; is there a network?")
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(_STALL_SECONDS)  # torchvision sets none
-        kind(str(root), download=True, **({"split": "digits"} if config.name == "emnist" else {"train": True}))
+        options = {"split": "digits"} if config.name == "emnist" else {"train": True}
+        _torchvision(config.name)(str(root), download=True, **options)
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"--data.name {config.name}: {missing} is missing, and downloading it failed ({error}). "
-            f"Put the files into {_home(config.name, root)}, or name the folder that has them with --data.root DIR, "
-            "or train on the embedded set with --data.name glyphs"
-        ) from None
+        raise InputError(_way_out(config, missing, str(error))) from None
     return None
+
+
+def _torchvision(name: str) -> Any:
+    """Its class of a data set."""
+    from torchvision import datasets  # costs seconds: only where it is needed
+
+    return getattr(datasets, _IDX_SETS[name].torchvision if name in _IDX_SETS else "CIFAR10")
+
+
+def _mirrors(name: str) -> list[str]:
+    kind = _torchvision(name)
+    return list(getattr(kind, "mirrors", None) or [kind.url])
+
+
+def _way_out(config: DataConfig, missing: str, why: str) -> str:
+    return (
+        f"--data.name {config.name}: {missing} is missing, and downloading it failed ({why}). "
+        f"Put the files into {_home(config.name, Path(config.root))}, or name the folder that has them with --data.root DIR, "
+        "or train on the embedded set with --data.name glyphs"
+    )
 
 
 def _home(name: str, root: Path) -> Path:
@@ -139,7 +185,7 @@ def _any_answers(urls: list[str]) -> bool:
 
     def ask(url: str) -> None:
         try:
-            urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
+            urllib.request.build_opener().open(url, timeout=_PROBE_SECONDS).close()
             answered.set()
         except urllib.error.HTTPError:
             answered.set()
