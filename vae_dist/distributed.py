@@ -162,6 +162,12 @@ def is_one_machine() -> bool:
     return os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
 
 
+def say(accelerator: Accelerator, words: str) -> None:
+    """Prints on rank zero. Accelerate's own `print` does on the first process of every machine."""
+    if accelerator.is_main_process:
+        print(words, flush=True)
+
+
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> list[float]:
     """The sum of a float64 vector over all ranks, on the host of each. All ranks call it; it waits for the device."""
     total: list[float] = accelerator.reduce(values, "sum").tolist()
