@@ -98,6 +98,12 @@ def start(trainer: TrainerConfig | None = None, batch_size: int = 1) -> Accelera
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise InputError(f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}")
+    if _restarts_in_vain():
+        say(
+            accelerator,
+            "warning: if the machine of rank zero is lost, the launchers of the others will try to restart the job at its "
+            "address; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for the launcher on each machine",
+        )
     require_same(accelerator, lambda: _versions() | {"device": accelerator.device.type})
     if trainer.deterministic:
         torch.set_num_threads(1)  # how a sum is split over threads shows in its last bits
@@ -149,6 +155,13 @@ def _check_launch() -> None:
             "accelerate launch was asked for several processes but started one, as it does for CPUs; "
             "start them with `accelerate launch --config_file launch/multi_cpu.yaml --num_processes N`"
         )
+
+
+def _restarts_in_vain() -> bool:
+    """Whether launchers of several machines are to restart the job, but keep rank zero's first address (torch 2.15)."""
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return several and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _follow_launcher() -> None:
