@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash bench bench-data bench-networks communication scaling verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu test test-mnist test-crash test-cluster bench bench-data bench-networks communication scaling verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_D
 
 test-crash: setup ## kill a run at 70 random moments and compare it with one left in peace (slow)
 	$(BIN)/python -m pytest -m slow tests/test_crash.py tests/test_faults.py -o addopts="--strict-markers --strict-config"
+
+test-cluster: setup ## run jobs over hosts that are cut off, killed and started again, between network namespaces (as root); some minutes
+	$(BIN)/python -m pytest -rsP --durations 0 tests/test_cluster.py -o addopts="--strict-markers --strict-config"
 
 bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST in DATA (data), and draw it; a quarter of an hour
 	$(BIN)/python -m benchmarks.bench --data $(or $(DATA),data) $(ARGS)

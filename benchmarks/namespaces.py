@@ -123,6 +123,7 @@ def _namespaces(count: int) -> Iterator[tuple[list[str], str]]:
         for name in names:
             (_ETC / name).mkdir(parents=True)
             (_ETC / name / "hosts").write_text("\n".join(table) + "\n")
+            (_ETC / name / "nsswitch.conf").write_text("hosts: files\n")  # no server of names answers there
         yield names, middle
     finally:
         for name in [*names, middle]:  # the devices in it go with it
