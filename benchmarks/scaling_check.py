@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.communication import LINKS, tidy_on_sigterm, together
-from benchmarks.namespaces import ADDRESSES, DEVICE, inside, linked, why_not
+from benchmarks.namespaces import DEVICE, address, inside, linked, why_not
 from benchmarks.ring import MEASURED, read_measured
 from vae_dist.config import DataConfig
 from vae_dist.data.sources import fetch_missing
@@ -78,9 +78,9 @@ def main(args: Sequence[str] | None = None) -> int:
             with contextlib.ExitStack() as stack:
                 starts: list[list[str]] = [[], []]
                 if name != "loopback":
-                    names, _ = stack.enter_context(linked(LINKS[name]))
-                    starts = [inside(namespace) for namespace in names]
-                where = ("lo", "127.0.0.1") if name == "loopback" else (DEVICE, ADDRESSES[0])
+                    hosts = stack.enter_context(linked(LINKS[name]))
+                    starts = [inside(namespace) for namespace in hosts.names]
+                where = ("lo", "127.0.0.1") if name == "loopback" else (DEVICE, address(0))
                 measured = step_seconds(starts, *where, hidden, options.data)
             sums = ring.seconds(2, gradient)
             figures = [f"{seconds * 1e3:.2f}" for seconds in (alone, sums, alone + sums, measured)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vae_dist import distributed, doctor, network, train
+from vae_dist import distributed, doctor, network, starting, train
 from vae_dist.config import DataConfig
 from vae_dist.data import sources
 from vae_dist.data.images import Images, Resident
@@ -61,7 +61,7 @@ def other_data() -> None:
 
 
 def other_software() -> None:
-    distributed.__dict__["__version__"] = "0.0.7"
+    starting.__dict__["__version__"] = "0.0.7"
 
 
 def another_seed() -> None:

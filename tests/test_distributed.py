@@ -5,13 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers import ROOT, environment, launch, records
+from tests.helpers import ROOT, Outcome, environment, launch, records
 from tests.settings import SETTINGS
 from vae_dist.tracking import read_rows
 
@@ -155,6 +156,18 @@ def test_torchrun_works_as_well_and_tells_its_efficiency(options: list[object], 
     assert re.search(
         r"speed +[\d,]+ images/s on 2 processes, [\d.]+ times the one process of .*one, efficiency \d+%", done.stdout
     )
+
+
+def test_launchers_that_could_not_restart_a_job_on_other_machines_are_warned_about(
+    quick: list[object], command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("GROUP_WORLD_SIZE", "2"), ("MAX_RESTARTS", "3"), ("USE_AGENT_STORE", "True")):
+        monkeypatch.setenv(name if name.startswith("GROUP") else f"TORCHELASTIC_{name}", value)
+    done = command("train", *quick, "--output", tmp_path / "run")
+    assert done.status == 0
+    assert done.out.count("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert "warning" not in command("train", *quick, "--output", tmp_path / "other").out
 
 
 def test_a_launcher_that_starts_too_few_processes_is_found_out(options: list[object], tmp_path: Path) -> None:

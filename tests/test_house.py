@@ -41,6 +41,7 @@ ORDER = [
     "optimizer",
     "averaging",
     "distributed",
+    "starting",
     "loading",
     "shared_memory",
     "pace",

@@ -224,7 +224,7 @@ def namespaces() -> Iterator[None]:
 @pytest.mark.usefixtures("namespaces")
 def test_two_namespaces_with_a_delay_are_measured() -> None:
     network = communication.between_namespaces(Link(delay_ms=5, mbit_per_s=1000), [4096, 2**18], budget=0.3)
-    assert network.slowed_by in ("tc netem", "our own wire")
+    assert network.slowed_by in ("tc netem", "our own switch")
     assert all(timing.lowest > 2 * 0.005 for timing in network.timings)  # two steps of a ring, each after the other
 
 

@@ -16,10 +16,11 @@ from vae_dist import shared_memory, step
 from vae_dist.config import Config
 from vae_dist.data import glyphs
 from vae_dist.data.images import Resident
-from vae_dist.distributed import run_entry_point, start
+from vae_dist.distributed import run_entry_point
 from vae_dist.model import build_model
 from vae_dist.run import RunFolder
 from vae_dist.shared_memory import share_memory
+from vae_dist.starting import start
 from vae_dist.tracking import Row, Tracker
 from vae_dist.trainer import Trainer
 

@@ -22,7 +22,7 @@ from vae_dist.config import Config, InputError
 from vae_dist.data import as_images, rows_at_once
 from vae_dist.data.images import Images, Resident, first_images
 from vae_dist.data.order import Partition
-from vae_dist.distributed import on_first_rank, run_entry_point, say, start, sum_over_ranks, together
+from vae_dist.distributed import on_first_rank, run_entry_point, say, sum_over_ranks, together
 from vae_dist.importance import PartialFile, log_marginals
 from vae_dist.likelihoods import bits_per_dimension, is_log_likelihood, remark
 from vae_dist.loading import load_images
@@ -32,6 +32,7 @@ from vae_dist.objective import Sums, kl_by_dimension, negative_elbo
 from vae_dist.options import command_line
 from vae_dist.posterior import ACTIVE_VARIANCE, active_units, mutual_information
 from vae_dist.run import RunFolder, is_checkpoint, load_model
+from vae_dist.starting import start
 from vae_dist.tracking import summarise
 
 # Rows of every forward pass, whatever the number of ranks: an image's figure then never depends on who else evaluates.

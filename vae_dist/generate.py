@@ -15,12 +15,13 @@ from torch import Tensor
 from vae_dist.config import InputError
 from vae_dist.data import as_images
 from vae_dist.data.images import first_images
-from vae_dist.distributed import run_entry_point, start
+from vae_dist.distributed import run_entry_point
 from vae_dist.loading import load_images
 from vae_dist.model import VAE
 from vae_dist.options import command_line
 from vae_dist.pictures import grid, reconstructions, samples, save_png
 from vae_dist.run import is_checkpoint, load_model
+from vae_dist.starting import start
 
 _COLUMNS = 11  # of traversals and interpolations
 _REACH = 3.0  # of traversals, in standard deviations of the prior

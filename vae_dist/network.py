@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vae_dist.distributed import connect, is_on_cpu, is_one_machine, tf32
+from vae_dist.distributed import is_one_machine
 from vae_dist.health import Finding, Job, duration
 from vae_dist.shared_memory import share_memory
+from vae_dist.starting import connect, is_on_cpu, tf32
 
 _SIOCGIFADDR = 0x8915  # of <linux/sockios.h>
 _VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "MASTER_ADDR")

@@ -10,7 +10,7 @@ from vae_dist.averaging import Averages
 from vae_dist.config import Config
 from vae_dist.data import as_images, augmented, binary
 from vae_dist.data.order import Partition
-from vae_dist.distributed import say, sum_over_ranks, tf32
+from vae_dist.distributed import say, sum_over_ranks
 from vae_dist.gradients import FlatGradients, Gradients, OrderedGradients, SummedGradients
 from vae_dist.likelihoods import Likelihood
 from vae_dist.model import VAE
@@ -19,6 +19,7 @@ from vae_dist.objective import Objective, minimised
 from vae_dist.optimizer import build_optimizer, set_learning_rate
 from vae_dist.pace import Laps
 from vae_dist.replay import Replay
+from vae_dist.starting import tf32
 
 
 class Step:

@@ -24,13 +24,13 @@ from vae_dist.distributed import (
     require_same,
     run_entry_point,
     say,
-    start,
     together,
 )
 from vae_dist.loading import load_images
 from vae_dist.model import build_model
 from vae_dist.options import flat, parse, require_same_run
 from vae_dist.run import RunFolder, State, described_config
+from vae_dist.starting import start
 from vae_dist.tracking import RunTracker, Tracker, read_rows, wandb_mode
 from vae_dist.trainer import Trainer
 
