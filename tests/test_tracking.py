@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +199,12 @@ def test_an_evaluation_goes_to_the_summary_of_the_same_run(
     trained: Path, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     shutil.copytree(trained, tmp_path / "run")
-    before = {wandb.id for wandb in offline_runs(tmp_path / "run")}
+    before = {part.id for part in offline_runs(tmp_path / "run")}
     assert command("evaluate", tmp_path / "run", "--iw_samples", 3).status == 0
+    import_module("wandb").teardown()  # as at the end of a process: its files are then on the disk
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     *_, last = offline_runs(tmp_path / "run")
-    assert {wandb.id for wandb in offline_runs(tmp_path / "run")} == before
+    assert {part.id for part in offline_runs(tmp_path / "run")} == before
     assert last.summary["evaluation/nll"] == pytest.approx(found["nll"])
     assert last.summary["evaluation/active_units"] == found["active_units"]
 

@@ -216,6 +216,12 @@ def from_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return found[0]
 
 
+def say(accelerator: Accelerator, text: str) -> None:
+    """Prints on rank zero alone; Accelerate's own `print` does so once on each machine."""
+    if accelerator.is_main_process:
+        print(text, flush=True)
+
+
 class Difference(NamedTuple):
     """Something that one rank has otherwise than the others."""
 

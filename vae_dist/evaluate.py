@@ -22,7 +22,7 @@ from vae_dist.config import Config, InputError
 from vae_dist.data import as_images, rows_at_once
 from vae_dist.data.images import Images, Resident, first_images
 from vae_dist.data.order import Partition
-from vae_dist.distributed import on_first_rank, run_entry_point, start, sum_over_ranks, together
+from vae_dist.distributed import on_first_rank, run_entry_point, say, start, sum_over_ranks, together
 from vae_dist.importance import PartialFile, log_marginals
 from vae_dist.likelihoods import bits_per_dimension, is_log_likelihood, remark
 from vae_dist.loading import load_images
@@ -113,7 +113,7 @@ def main(args: list[str] | None = None) -> int:
     if options.images is not None:
         images = Resident(first_images(images, options.images))
     record = figures(options, config, model.to(accelerator.device), images, accelerator)
-    accelerator.print(table(record, config, model.image_shape))
+    say(accelerator, table(record, config, model.image_shape))
     if is_kept(options):
         run = RunFolder(options.run)
         content = json.dumps(record, indent=2, allow_nan=False) + "\n"

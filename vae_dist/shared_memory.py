@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from vae_dist.config import InputError
-from vae_dist.distributed import LostPeer, together
+from vae_dist.distributed import LostPeer, say, together
 
 _SIGNAL = b"."
 _PART = 1 << 20  # numbers at a time: what all ranks have of them stays in the processor's cache
@@ -72,7 +72,7 @@ def share_memory(accelerator: Accelerator, timeout: float) -> SharedMemory | Non
             peers = together(accelerator, lambda: _connected(listener, name, rank, ranks))
         memory = together(accelerator, lambda: _mapped(rank, peers, (ranks + 1) * _PART * torch.float32.itemsize))
     except InputError as error:
-        accelerator.print(f"the processes cannot share memory ({error}); gradients are summed over gloo")
+        say(accelerator, f"the processes cannot share memory ({error}); gradients are summed over gloo")
         return None
     return SharedMemory(rank, peers, memory, timeout)
 

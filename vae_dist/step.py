@@ -10,7 +10,7 @@ from vae_dist.averaging import Averages
 from vae_dist.config import Config
 from vae_dist.data import as_images, augmented, binary
 from vae_dist.data.order import Partition
-from vae_dist.distributed import sum_over_ranks, tf32
+from vae_dist.distributed import say, sum_over_ranks, tf32
 from vae_dist.gradients import FlatGradients, Gradients, OrderedGradients, SummedGradients
 from vae_dist.likelihoods import Likelihood
 from vae_dist.model import VAE
@@ -75,7 +75,7 @@ class Step:
         mine = torch.tensor([float(not recorded)], dtype=torch.float64, device=self._accelerator.device)
         all_have = sum_over_ranks(self._accelerator, mine) == [0.0]
         if not all_have:
-            self._accelerator.print("the step cannot be recorded as a CUDA graph; going on without")
+            say(self._accelerator, "the step cannot be recorded as a CUDA graph; going on without")
         return all_have
 
     def gradient_norm(self) -> Tensor:

@@ -23,6 +23,7 @@ from vae_dist.distributed import (
     on_first_rank,
     require_same,
     run_entry_point,
+    say,
     start,
     together,
 )
@@ -52,10 +53,10 @@ def main(args: list[str] | None = None) -> int:
         if source is not None:
             together(accelerator, lambda: trainer.resume(source))
         if trainer.is_done() and from_first_rank(accelerator, run.state) == "finished":
-            accelerator.print(f"{run.path} is finished. For more, raise --trainer.epochs, or name another --output")
+            say(accelerator, f"{run.path} is finished. For more, raise --trainer.epochs, or name another --output")
             return 0
         if source is not None:
-            accelerator.print(f"going on from {source}: {trainer.epoch} epochs, {trainer.progress.step} steps")
+            say(accelerator, f"going on from {source}: {trainer.epoch} epochs, {trainer.progress.step} steps")
         on_first_rank(accelerator, lambda: run.save_config(config))
         tracker = on_first_rank(accelerator, lambda: RunTracker(accelerator, run, config, mode, trainer.progress.step))
         trainer.tracker = tracker or Tracker()
@@ -118,9 +119,9 @@ def run_to_end(trainer: Trainer, accelerator: Accelerator, baseline: float | Non
         trainer.step.close()
         where = trainer.tracker.close(status)
     if completed:
-        accelerator.print(closing_words(trainer, where, baseline))
+        say(accelerator, closing_words(trainer, where, baseline))
     else:
-        accelerator.print("stopped as asked, after writing a checkpoint; start the same command again to go on")
+        say(accelerator, "stopped as asked, after writing a checkpoint; start the same command again to go on")
     return status
 
 
