@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tests.helpers import Outcome, launch, write_idx_set
 from tests.object_storage import TEST, TRAIN, Server, Way, write_set
-from vae_dist import check, doctor, evaluate, generate, pack, train, verify
+from vae_dist import check, evaluate, generate, pack, train, verify
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
+from vae_dist.doctor import __main__ as doctor
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vae_dist import distributed, doctor, network, starting, train
+from vae_dist import distributed, starting, train
 from vae_dist.config import DataConfig
 from vae_dist.data import sources
 from vae_dist.data.images import Images, Resident
+from vae_dist.doctor import __main__ as doctor
+from vae_dist.doctor import network
 from vae_dist.trainer import Trainer
 
 RANK, STEP = 1, 11  # where a fault in training strikes

@@ -17,10 +17,10 @@ import pytest
 
 from tests.helpers import ROOT, Outcome, environment, everything, launch, refused
 from vae_dist.config import Config
-from vae_dist.doctor import CHECKS
-from vae_dist.health import Check, Finding, Job, cores, devices, limits
-from vae_dist.meeting import Meeting
-from vae_dist.network import all_reduce
+from vae_dist.doctor.__main__ import CHECKS
+from vae_dist.doctor.health import Check, Finding, Job, cores, devices, limits
+from vae_dist.doctor.meeting import Meeting
+from vae_dist.doctor.network import all_reduce
 
 Command = Callable[..., Outcome]
 NAMES = [check.__name__ for check in CHECKS]

@@ -65,10 +65,11 @@ ORDER = [
     "verify",
     "generate",
     "pack",
-    "meeting",
-    "health",
-    "network",
     "doctor",
+    "doctor.meeting",
+    "doctor.health",
+    "doctor.network",
+    "doctor.__main__",
 ]
 
 PACKAGE = Path(vae_dist.__file__).parent

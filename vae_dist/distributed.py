@@ -1,4 +1,4 @@
-"""What several processes do together: start, sum figures, decide, fail and end."""
+"""What several processes do together: sum figures, decide, fail and end."""
 
 import contextlib
 import os

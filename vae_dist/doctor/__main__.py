@@ -18,9 +18,9 @@ from vae_dist import checkpoint
 from vae_dist.config import Config
 from vae_dist.data import sources
 from vae_dist.distributed import EXIT_FAILED, run_entry_point
-from vae_dist.health import Check, Finding, Job, cores, devices, duration, limits, options, processes, software, unlike
-from vae_dist.meeting import Abandoned, Fault, Meeting, MeetingOver
-from vae_dist.network import all_reduce, clocks, group, network, speed
+from vae_dist.doctor.health import Check, Finding, Job, cores, devices, duration, limits, options, processes, software, unlike
+from vae_dist.doctor.meeting import Abandoned, Fault, Meeting, MeetingOver
+from vae_dist.doctor.network import all_reduce, clocks, group, network, speed
 from vae_dist.options import parse
 from vae_dist.run import RunFolder
 from vae_dist.tracking import ask_wandb, wandb_mode

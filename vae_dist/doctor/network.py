@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vae_dist.distributed import is_one_machine
-from vae_dist.health import Finding, Job, duration
+from vae_dist.doctor.health import Finding, Job, duration
 from vae_dist.shared_memory import share_memory
 from vae_dist.starting import connect, is_on_cpu, tf32
 

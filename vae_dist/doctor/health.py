@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from vae_dist.config import Config, InputError
 from vae_dist.data import sources
 from vae_dist.distributed import differences_in
-from vae_dist.meeting import Fault, Meeting
+from vae_dist.doctor.meeting import Fault, Meeting
 from vae_dist.model import VAE
 from vae_dist.options import flat
 from vae_dist.starting import check_launch, is_on_cpu, local_processes, require_hardware, versions

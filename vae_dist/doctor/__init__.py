@@ -1,0 +1,1 @@
+"""Checks before the start: `__main__` makes them, through a `meeting` of all processes."""
