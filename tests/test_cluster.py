@@ -16,6 +16,7 @@ import pytest
 from benchmarks.namespaces import Link, why_not
 from tests.cluster import Agent, cluster, ended_well, newest_step, until, weights
 from tests.helpers import ROOT, Outcome, launch, records
+from tests.test_faults import state
 from tests.wandb_file import offline_runs
 from vae_dist.tracking import read_rows
 
@@ -180,10 +181,6 @@ def test_a_host_that_is_cut_off_is_waited_for_and_then_given_up(options: list[ob
         print(f"all gone {gone(agents):.1f} s after that")
         ended_well([network.torchrun(host, job(options, run)) for host in (0, 1)])
     assert is_the_same(run, peaceful)
-
-
-def state(run: Path) -> str:
-    return str(json.loads((run / "status.json").read_text())["state"])
 
 
 @pytest.mark.slow
