@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from playwright.sync_api import Browser
 from torch import Tensor
 
+from tests.browser import chromium
 from tests.helpers import Outcome, launch, write_idx_set
 from tests.object_storage import TEST, TRAIN, Server, Way, write_set
 from vae_dist import check, evaluate, generate, pack, train, verify
@@ -95,6 +97,12 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ import vae_dist
 from tests.helpers import Outcome, begin, everything, records, reference_terms, refused, resident
 from vae_dist.config import DataConfig, ModelConfig
 from vae_dist.data import as_images
-from vae_dist.generate import traversals
 from vae_dist.model import build_model
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.options import parse
+from vae_dist.pictures import traversals
 from vae_dist.run import RunFolder
 from vae_dist.tracking import read_rows
 

@@ -8,24 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from torch import Tensor
 
 from vae_dist.config import InputError
 from vae_dist.data import as_images
 from vae_dist.data.images import first_images
 from vae_dist.distributed import run_entry_point
 from vae_dist.loading import load_images
-from vae_dist.model import VAE
 from vae_dist.options import command_line
-from vae_dist.pictures import grid, reconstructions, samples, save_png
+from vae_dist.pictures import interpolations, reconstructions, samples, save_png, traversals
 from vae_dist.run import is_checkpoint, load_model
 from vae_dist.starting import start
 
-_COLUMNS = 11  # of traversals and interpolations
-_REACH = 3.0  # of traversals, in standard deviations of the prior
-_MOST_DIMENSIONS = 32  # of traversals
 _TEST_IMAGES = 8
 
 
@@ -69,30 +63,6 @@ def main(args: list[str] | None = None) -> int:
         save_png(out / f"{name}.png", picture)
         print(out / f"{name}.png")
     return 0
-
-
-@torch.no_grad()
-def traversals(model: VAE, image: Tensor) -> Tensor:
-    """A grid with a row for a latent dimension, moved alone from -3 to 3 around one image's (1, …) posterior mean.
-
-    The rows begin with the dimension in which that image's posterior tells most (largest KL); there are 32 at most.
-    """
-    mean, logvar = model.encode(image)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).squeeze(0)
-    dimensions = kl.argsort(descending=True)[:_MOST_DIMENSIONS].tolist()
-    latents = mean.repeat(len(dimensions), _COLUMNS, 1)  # (dimension, column, latent_dim)
-    for row, dimension in enumerate(dimensions):
-        latents[row, :, dimension] = torch.linspace(-_REACH, _REACH, _COLUMNS)
-    return grid(model.decode_all(latents.flatten(0, 1)), _COLUMNS)
-
-
-@torch.no_grad()
-def interpolations(model: VAE, images: Tensor) -> Tensor:
-    """A grid with a row for each image, on straight lines from its posterior mean to the next image's."""
-    start = model.encode(images).mean.unsqueeze(1)
-    way = torch.linspace(0, 1, _COLUMNS).unsqueeze(1)
-    latents = start + (start.roll(-1, dims=0) - start) * way
-    return grid(model.decode_all(latents.flatten(0, 1)), _COLUMNS)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from vae_dist.model import VAE
 
 _GAP = 2  # black pixels between images
 RECONSTRUCTIONS, SAMPLES = 8, 64
+_COLUMNS = 11  # of traversals and interpolations
+_REACH = 3.0  # of traversals, in standard deviations of the prior
+_MOST_DIMENSIONS = 32  # of traversals
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
@@ -42,3 +45,27 @@ def reconstructions(model: VAE, images: Tensor) -> Tensor:
 def samples(model: VAE, n: int, seed: int) -> Tensor:
     """n samples from the prior, as a square grid."""
     return grid(model.sample(n, seed), columns=max(1, round(n**0.5)))
+
+
+@torch.no_grad()
+def traversals(model: VAE, image: Tensor) -> Tensor:
+    """A grid with a row for a latent dimension, moved alone from -3 to 3 around one image's (1, …) posterior mean.
+
+    The rows begin with the dimension in which that image's posterior tells most (largest KL); there are 32 at most.
+    """
+    mean, logvar = model.encode(image)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).squeeze(0)
+    dimensions = kl.argsort(descending=True)[:_MOST_DIMENSIONS].tolist()
+    latents = mean.repeat(len(dimensions), _COLUMNS, 1)  # (dimension, column, latent_dim)
+    for row, dimension in enumerate(dimensions):
+        latents[row, :, dimension] = torch.linspace(-_REACH, _REACH, _COLUMNS)
+    return grid(model.decode_all(latents.flatten(0, 1)), _COLUMNS)
+
+
+@torch.no_grad()
+def interpolations(model: VAE, images: Tensor) -> Tensor:
+    """A grid with a row for each image, on straight lines from its posterior mean to the next image's."""
+    start = model.encode(images).mean.unsqueeze(1)
+    way = torch.linspace(0, 1, _COLUMNS).unsqueeze(1)
+    latents = start + (start.roll(-1, dims=0) - start) * way
+    return grid(model.decode_all(latents.flatten(0, 1)), _COLUMNS)
