@@ -29,6 +29,7 @@ from vae_dist.distributed import (
 from vae_dist.loading import load_images
 from vae_dist.model import build_model
 from vae_dist.options import flat, parse, require_same_run
+from vae_dist.provenance import record_start
 from vae_dist.run import RunFolder, State, described_config
 from vae_dist.starting import start
 from vae_dist.tracking import RunTracker, Tracker, read_rows, wandb_mode
@@ -58,6 +59,7 @@ def main(args: list[str] | None = None) -> int:
         if source is not None:
             say(accelerator, f"going on from {source}: {trainer.epoch} epochs, {trainer.progress.step} steps")
         on_first_rank(accelerator, lambda: run.save_config(config))
+        record_start(trainer)
         tracker = on_first_rank(accelerator, lambda: RunTracker(accelerator, run, config, mode, trainer.progress.step))
         trainer.tracker = tracker or Tracker()
         return run_to_end(trainer, accelerator, baseline)
@@ -138,6 +140,7 @@ def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
         f"  W&B          {wandb or 'no run'}{upload}",
         f"  evaluate     {python} -m vae_dist.evaluate {path}",
         f"  generate     {python} -m vae_dist.generate {path}",
+        f"  report       {python} -m vae_dist.report {path}",
     ]
     processes = trainer.accelerator.num_processes
     if baseline is not None and trainer.epoch_speeds and processes > 1:
