@@ -18,6 +18,7 @@ from vae_dist import check, evaluate, generate, pack, train, verify
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
 from vae_dist.doctor import __main__ as doctor
+from vae_dist.report import __main__ as report
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +82,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     threads = torch.get_num_threads()
     mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
-    mains |= {"check": check.main, "verify": verify.main, "pack": pack.main, "doctor": doctor.main}
+    mains |= {"check": check.main, "verify": verify.main, "pack": pack.main, "doctor": doctor.main, "report": report.main}
 
     def run(name: str, *args: object) -> Outcome:
         capsys.readouterr()

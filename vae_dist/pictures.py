@@ -10,7 +10,7 @@ from torch import Tensor
 from vae_dist.checkpoint import write_atomically
 from vae_dist.model import VAE
 
-_GAP = 2  # black pixels between images
+GAP = 2  # black pixels between images
 RECONSTRUCTIONS, SAMPLES = 8, 64
 _COLUMNS = 11  # of traversals and interpolations
 _REACH = 3.0  # of traversals, in standard deviations of the prior
@@ -21,10 +21,10 @@ def grid(images: Tensor, columns: int) -> Tensor:
     """Images in [0, 1], (n, channels, height, width), row by row as one uint8 picture (rows, columns, channels)."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
-    cells = images.new_zeros(rows * columns, channels, height + _GAP, width + _GAP)
+    cells = images.new_zeros(rows * columns, channels, height + GAP, width + GAP)
     cells[:n, :, :height, :width] = images
-    picture = cells.view(rows, columns, channels, height + _GAP, width + _GAP).permute(0, 3, 1, 4, 2)
-    picture = picture.reshape(rows * (height + _GAP), columns * (width + _GAP), channels)[:-_GAP, :-_GAP]
+    picture = cells.view(rows, columns, channels, height + GAP, width + GAP).permute(0, 3, 1, 4, 2)
+    picture = picture.reshape(rows * (height + GAP), columns * (width + GAP), channels)[:-GAP, :-GAP]
     return picture.mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

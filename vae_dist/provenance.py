@@ -49,7 +49,9 @@ def read_starts(run: RunFolder) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             start = json.loads(line)
-            if not all(isinstance(start[name], kind) for name, kind in _KINDS.items()):
+            images = [start["data"]["train"], start["data"]["test"]]
+            is_known = all(type(each["n"]) is int and isinstance(each["sha256"], str) for each in images)
+            if not is_known or not all(isinstance(start[name], kind) for name, kind in _KINDS.items()):
                 raise ValueError
             starts.append(start)
         except (ValueError, KeyError, TypeError, RecursionError):
