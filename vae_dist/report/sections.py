@@ -27,6 +27,7 @@ _STEP_FIGURES: tuple[tuple[str, str, str, bool], ...] = (
     ("Learning rate", "lr", "", False),
     ("Gradient noise scale", "noise_scale_images", "images", True),
 )
+_OF_MAPS = {"UMAP": " Neighbours are neighbours in the latent space; other distances mean little."}
 _HOW_TO = "Drag to zoom, double-click for all, click a name to hide it."
 
 
@@ -191,10 +192,12 @@ def _maps(subject: Subject, runs: Sequence[Facts], plots: Plots, sheets: _Sheets
         return [element("section", title, note(f"None: {subject.missing}"))]
     n, of = f"{insight.n:,}", f"{insight.of:,}"
     shown = f"All {n} test images" if n == of else f"The first {n} of {of} test images"
-    caption = f"{shown} by their posterior means. Point at one to see it."
+    captions = {
+        way: f"{shown} by their posterior means. Point at one to see it.{_OF_MAPS.get(way, '')}" for way in insight.maps
+    }
     return [
         plots.add(figures.latent_map(insight, way), titled(f"Latent map ({way})", run, runs), caption, sheets.place(insight))
-        for way in insight.maps
+        for way, caption in captions.items()
     ]
 
 
