@@ -68,6 +68,7 @@ ORDER = [
     "check",
     "verify",
     "generate",
+    "export",
     "pack",
     "doctor",
     "doctor.meeting",
