@@ -69,6 +69,7 @@ ORDER = [
     "verify",
     "generate",
     "export",
+    "upload",
     "pack",
     "doctor",
     "doctor.meeting",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import tyro
 import yaml
 
-from vae_dist.config import Config, InputError
+from vae_dist.config import Config, DataConfig, InputError
 
 T = TypeVar("T")
 
@@ -108,6 +108,12 @@ def to_yaml(config: Config) -> str:
 def flat(config: Config) -> dict[str, Any]:
     """The value of each option by its name, for example `optimizer.lr`."""
     return _flatten(to_mapping(config))
+
+
+def without_places(config: Config) -> Config:
+    """The same run without the folders of this machine, which say nothing to others."""
+    data, tracking = replace(config.data, root=DataConfig.root), replace(config.tracking, baseline=None)
+    return replace(config, output="", resume=Config.resume, data=data, tracking=tracking)
 
 
 def differences(old: Config, new: Config) -> list[str]:
