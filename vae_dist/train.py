@@ -5,8 +5,6 @@ accelerate launch --config_file launch/multi_gpu.yaml -m vae_dist.train --config
 """
 
 import contextlib
-import os
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -28,7 +26,7 @@ from vae_dist.distributed import (
 )
 from vae_dist.loading import load_images
 from vae_dist.model import build_model
-from vae_dist.options import flat, parse, require_same_run
+from vae_dist.options import flat, parse, program, python, require_same_run
 from vae_dist.run import RunFolder, State, described_config
 from vae_dist.starting import start
 from vae_dist.tracking import RunTracker, Tracker, read_rows, wandb_mode
@@ -128,16 +126,15 @@ def run_to_end(trainer: Trainer, accelerator: Accelerator, baseline: float | Non
 def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
     """Where everything lies, how to look at it, and how fast it was."""
     path = trainer.run.path
-    python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
-    upload = f", offline; upload it with: {python} -m wandb sync {wandb}" if wandb.endswith("*") else ""
+    upload = f", offline; upload it with: {python()} -m wandb sync {wandb}" if wandb.endswith("*") else ""
     lines = [
         f"finished: {trainer.epoch} epochs, {trainer.progress.step} steps; everything lies in {path}",
         f"  pictures     {path}/images",
         f"  figures      {path}/metrics.jsonl",
         f"  weights      {path}/model.safetensors, checkpoints in {path}/checkpoints",
         f"  W&B          {wandb or 'no run'}{upload}",
-        f"  evaluate     {python} -m vae_dist.evaluate {path}",
-        f"  generate     {python} -m vae_dist.generate {path}",
+        f"  evaluate     {program('vae_dist.evaluate')} {path}",
+        f"  generate     {program('vae_dist.generate')} {path}",
     ]
     processes = trainer.accelerator.num_processes
     if baseline is not None and trainer.epoch_speeds and processes > 1:

@@ -14,7 +14,7 @@ class DataConfig:
         "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "stream", "glyphs", "glyphs64"
     ] = "mnist"
     """Data set. `glyphs` (grey) and `glyphs64` (colour) are embedded; `folder` is any folder of JPEG, PNG and WebP pictures,
-    `packed` one that `python -m vae_dist.pack` wrote, `stream` the same in a bucket. The others are read from `root`, or
+    `packed` one that `vae-dist pack` wrote, `stream` the same in a bucket. The others are read from `root`, or
     downloaded to it where they are missing, but for celeba."""
     root: str = "data"
     """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not); of `folder` and `packed`, that
