@@ -26,7 +26,7 @@ from vae_dist.distributed import (
 )
 from vae_dist.loading import load_images, on_device
 from vae_dist.model import VAE, build_model, seeded
-from vae_dist.options import flat, python, require_same_run
+from vae_dist.options import flat, program, python, require_same_run
 from vae_dist.own_modules import require_sound
 from vae_dist.run import RunFolder, State, described_config
 from vae_dist.starting import start, surroundings_kept
