@@ -94,6 +94,16 @@ def test_other_commands_are_named_so_that_they_can_be_typed(
     assert program("vae_dist.evaluate") == shown
 
 
+@pytest.mark.parametrize("command", ["vae_dist --help", "vae_dist.train --help"])
+def test_a_reader_who_has_seen_enough_of_the_help_is_no_error(command: str) -> None:
+    started = [sys.executable, "-u", "-m", *command.split()]
+    with subprocess.Popen(started, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
+        assert job.stdout is not None
+        assert job.stderr is not None
+        job.stdout.close()
+        assert job.stderr.read() == b""
+
+
 def test_exit_status_and_words_are_those_of_the_entry_point(script: Path, tmp_path: Path) -> None:
     through = run(script, "evaluate", tmp_path / "nowhere")
     refused(through, f"{tmp_path / 'nowhere'}: no weights there")

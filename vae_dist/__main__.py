@@ -5,6 +5,7 @@ vae-dist train --config glyphs
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -46,6 +47,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         module = importlib.import_module("vae_dist.doctor.__main__" if command == "doctor" else f"vae_dist.{command}")
         run_entry_point(lambda: module.main(options))
     if command in ("-h", "--help", "--version"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `vae-dist | head` has seen enough
         print(f"vae_dist {__version__}" if command == "--version" else overview())
         sys.exit(0)
     meant = difflib.get_close_matches(command, names, n=1)

@@ -71,16 +71,20 @@ def parse(args: Sequence[str], module: str = "vae_dist.train", description: str 
 
 def command_line(kind: type[T], module: str, args: Sequence[str], default: T | None = None, description: str = "") -> T:
     """An instance of a dataclass from command-line options; wrong ones are printed and end the process with status 2."""
-    parsed = tyro.cli(
-        kind,
-        prog=program(module),
-        args=list(args),
-        default=default,
-        description=description or None,
-        use_underscores=True,
-        console_outputs=is_spokesman(),
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    try:
+        parsed = tyro.cli(
+            kind,
+            prog=program(module),
+            args=list(args),
+            default=default,
+            description=description or None,
+            use_underscores=True,
+            console_outputs=is_spokesman(),
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except BrokenPipeError:  # `--help | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     return cast(T, parsed)  # with a default that may be None, its type cannot be told
 
 
