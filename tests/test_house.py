@@ -76,6 +76,7 @@ ORDER = [
     "doctor.health",
     "doctor.network",
     "doctor.__main__",
+    "__main__",
 ]
 
 PACKAGE = Path(vae_dist.__file__).parent
@@ -109,7 +110,11 @@ def test_a_module_imports_only_from_those_above_it(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
-    [("vae_dist", ["torch", "accelerate", "tyro"]), ("vae_dist.train", ["wandb", "torchvision"])],
+    [
+        ("vae_dist", ["torch", "accelerate", "tyro"]),
+        ("vae_dist.__main__", ["torch", "accelerate", "tyro"]),
+        ("vae_dist.train", ["wandb", "torchvision"]),
+    ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(module: str, unwanted: list[str]) -> None:
     check = f"import sys, {module}; sys.exit(str([m for m in {unwanted} if m in sys.modules] or 0))"

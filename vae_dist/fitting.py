@@ -1,10 +1,7 @@
 """A training from its config to its last file: what `python -m vae_dist.train` runs, and what programs of one's own call."""
 
 import contextlib
-import os
-import shutil
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +26,7 @@ from vae_dist.distributed import (
 )
 from vae_dist.loading import load_images, on_device
 from vae_dist.model import VAE, build_model, seeded
-from vae_dist.options import flat, require_same_run
+from vae_dist.options import flat, program, python, require_same_run
 from vae_dist.own_modules import require_sound
 from vae_dist.run import RunFolder, State, described_config
 from vae_dist.starting import start, surroundings_kept
@@ -222,8 +219,7 @@ def _run(trainer: Trainer, accelerator: Accelerator, baseline: float | None) -> 
 def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
     """Where everything lies, how to look at it, and how fast it was."""
     path = trainer.run.path
-    python = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
-    upload = f", offline; upload it with: {python} -m wandb sync {wandb}" if wandb.endswith("*") else ""
+    upload = f", offline; upload it with: {python()} -m wandb sync {wandb}" if wandb.endswith("*") else ""
     lines = [
         f"finished: {trainer.epoch} epochs, {trainer.progress.step} steps; everything lies in {path}",
         f"  pictures     {path}/images",
@@ -232,7 +228,7 @@ def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
         f"  W&B          {wandb or 'no run'}{upload}",
     ]
     if "own" not in (trainer.config.data.name, trainer.config.model.kind):  # else no command has the images, or the modules
-        lines += [f"  {name:13}{python} -m vae_dist.{name} {path}" for name in ("evaluate", "generate")]
+        lines += [f"  {name:13}{program(f'vae_dist.{name}')} {path}" for name in ("evaluate", "generate")]
     processes = trainer.accelerator.num_processes
     if baseline is not None and trainer.epoch_speeds and processes > 1:
         speed = statistics.median(trainer.epoch_speeds)

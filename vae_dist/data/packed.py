@@ -34,7 +34,7 @@ FORMAT = 1
 INDEX = "index.json"
 SHARD_BYTES = 32 << 20
 _SECTION = "vae_dist"
-_REMEDY = "copy it again, or pack the pictures anew with python -m vae_dist.pack"
+_REMEDY = "copy it again, or pack the pictures anew with vae-dist pack"
 _SPARE_FILES = 256  # that may be opened later on
 _NAME = re.compile(r"[\w.-]+\.bin")  # of a shard; none leads out of the folder
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # it becomes a file's name where shards are kept
@@ -121,11 +121,11 @@ def read_index(folder: Path) -> Index:
         index, images = Index((channels, height, width), shards, dict(ours["source"])), ours["images"]
         is_sound = content["updated_at"] == _digest(index) and _is_sound(index, images)
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; name a folder that python -m vae_dist.pack wrote to its end") from None
+        raise InputError(f"{file}: {error.strerror}; name a folder that vae-dist pack wrote to its end") from None
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise InputError(f"{file}: not an index that python -m vae_dist.pack wrote; {_REMEDY}") from None
+        raise InputError(f"{file}: not an index that vae-dist pack wrote; {_REMEDY}") from None
     if not is_sound:
         raise InputError(f"{file}: damaged: its figures contradict each other; {_REMEDY}")
     return index

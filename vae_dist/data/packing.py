@@ -236,7 +236,7 @@ def _refuse_unreadable(plan: Plan, out: Path, unreadable: list[str]) -> None:
     more = f"; … (all are listed in {out / _LIST})" if len(unreadable) > _LISTED else ""
     raise InputError(
         f"{plan.root}: {len(unreadable)} of {len(plan.train) + len(plan.test)} files cannot be read: {named}{more}. "
-        "Mend or remove them; a training leaves them out with --data.unreadable skip, vae_dist.pack with --unreadable skip"
+        "Mend or remove them; a training leaves them out with --data.unreadable skip, vae-dist pack with --unreadable skip"
     )
 
 
