@@ -1,9 +1,12 @@
 """Progress bars are seen in a terminal and in a notebook, once, and never in a log file."""
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ BAR = "epoch 1/1:   0%|"
 def in_terminal(*args: object, processes: int) -> str:
     """What a terminal gets from a training."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # a terminal of no width has no bars
     command = arguments("vae_dist.train", *args, processes=processes)
     with subprocess.Popen(command, cwd=ROOT, env=environment(TERM="xterm"), stdout=theirs, stderr=theirs) as job:
         os.close(theirs)
