@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vae_dist.config import Config
-from vae_dist.likelihoods import is_log_likelihood, remark
+from vae_dist.likelihoods import build_likelihood, remark
 from vae_dist.options import flat
 from vae_dist.pace import PARTS
 from vae_dist.report.facts import Facts
@@ -21,9 +21,12 @@ def in_nats(run: Facts, nats: float, shape: Sequence[int] | None) -> str:
     """What must be said after a loss: its unit, and that it is no log-likelihood, or its bits per dimension if `shape`, an
     image's, is known.
     """
+    if run.config.model.likelihood == "own":
+        return "nats per image, by a likelihood of the program's own"
+    likelihood, is_binary = build_likelihood(run.config.model), run.config.data.binarize != "none"
     if shape is not None:
-        return f"nats per image{remark(run.config, nats, shape)}"
-    return "nats per image" + ("" if is_log_likelihood(run.config) else ", not a log-likelihood")
+        return f"nats per image{remark(likelihood, is_binary, nats, shape)}"
+    return "nats per image" + ("" if likelihood.is_log_likelihood(is_binary) else ", not a log-likelihood")
 
 
 def comparison(runs: Sequence[Facts], shapes: Sequence[Sequence[int] | None]) -> Html:
