@@ -70,6 +70,10 @@ ORDER = [
     "doctor.health",
     "doctor.network",
     "doctor.__main__",
+    "explore",
+    "explore.explorer",
+    "explore.app",
+    "explore.__main__",
 ]
 
 PACKAGE = Path(vae_dist.__file__).parent
