@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vae_dist.config import Config, InputError
+from vae_dist.config import DataConfig, InputError
 from vae_dist.data.images import Images
 from vae_dist.distributed import run_entry_point
 from vae_dist.explore.explorer import Explorer
@@ -55,14 +55,12 @@ def main(args: list[str] | None = None) -> int:
         raise InputError(f"the page needs {error.name}: pip install 'vae_dist[explore]'") from None
     with listen(options.host, options.port) as listener:
         model, config = load_model(options.run)
-        images, problem = load_test_images(
-            model, replace(config, data=replace(config.data, root=options.root or config.data.root))
-        )
+        images, problem = load_test_images(model, replace(config.data, root=options.root or config.data.root))
         explorer = Explorer(str(options.run), model, config, images, problem)
         app = build_app(explorer, {"localhost", options.host.lower(), socket.gethostname().lower()})
-        introduce(options, listener)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
         with contextlib.suppress(KeyboardInterrupt):  # the way to end it; uvicorn raises it again after it has hung up
+            introduce(options, listener)
             server.run(sockets=[listener])
     return 0
 
@@ -80,10 +78,10 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def load_test_images(model: VAE, config: Config) -> tuple[Images | None, str]:
+def load_test_images(model: VAE, config: DataConfig) -> tuple[Images | None, str]:
     """The test images, or why there are none: most of the page goes without."""
     try:
-        return load_images(config.data, start(), train=False, shape=model.image_shape), ""
+        return load_images(config, start(), train=False, shape=model.image_shape), ""
     except InputError as error:
         print(f"warning: no test images: {error}", file=sys.stderr)
         return None, str(error)

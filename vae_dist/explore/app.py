@@ -77,8 +77,8 @@ def _sender(name: str) -> Callable[[], FileResponse]:
 def _turned_away(request: Request, names: Set[str]) -> Response | None:
     """The answer to what this very page would not ask, or not so much of at once; None to all else.
 
-    Other pages in the same browser are foreign: those that send something here, by the Origin that browsers add, and those whose
-    own host name was turned to this machine's address (DNS rebinding), by the Host.
+    Foreign pages in the same browser are known by the Origin that browsers add where they send something; and those whose own
+    host name was turned to this machine's address (DNS rebinding), by the Host.
     """
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if not _is_own(host, names):
