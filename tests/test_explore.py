@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import vae_dist
 from tests.helpers import Outcome, explored, reference_terms, refused
 from tests.test_photos import png_of_size
 from vae_dist.config import Config, DataConfig, ModelConfig
-from vae_dist.data import glyphs
+from vae_dist.data import glyphs, sources
 from vae_dist.data.images import Resident
 from vae_dist.explore.app import build_app
 from vae_dist.explore.explorer import Explorer
@@ -171,6 +172,17 @@ def test_without_test_images_the_rest_works(trained: Path) -> None:
     assert client.post("/encode", content=bytes(784), headers=RAW).status_code == 200
 
 
+def test_test_images_that_are_lost_are_told_in_words(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    images = sources.load(DataConfig(name="stream", root=str(tmp_path / "set")), train=False)
+    client = client_of(Explorer("streamed", *untrained((1, 28, 28)), images))
+    assert client.get("/image", params={"number": 0}).status_code == 200
+    shutil.rmtree(tmp_path / "set")
+    answer = client.get("/image", params={"number": len(images) - 1})
+    assert answer.status_code == 503
+    assert str(tmp_path / "set") in answer.json()["detail"]
+
+
 def test_each_of_many_threads_gets_its_own_picture(client: TestClient, model: VAE) -> None:
     latents = torch.randn(60, 20, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -198,6 +210,12 @@ def test_an_uploaded_picture_fits_a_model_of_images_that_are_not_square() -> Non
     columns = np.repeat(np.arange(4, dtype=np.uint8) * 10, 3).reshape(1, 4, 3).repeat(4, 0)
     answer = client.post("/upload", content=png(Image.fromarray(columns))).json()
     assert drawn(answer, (3, 4, 2)).tolist() == [[[10, 20]] * 4] * 3
+
+
+def test_a_photograph_with_a_preview_beside_it_is_no_film(client: TestClient) -> None:
+    content = png(Image.new("RGB", (60, 60), "white"), format="mpo", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    answer = client.post("/upload", content=content)
+    assert drawn(answer.json(), (1, 28, 28)).min() == 255
 
 
 def film(kind: str) -> bytes:

@@ -61,7 +61,7 @@ export class Pad {
   }
 
   #begin(event) {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || !event.isPrimary) return; // a second finger
     this.canvas.setPointerCapture(event.pointerId);
     this.#remember();
     this.#last = this.#place(event);
@@ -69,7 +69,7 @@ export class Pad {
   }
 
   #go(event) {
-    if (this.#last) this.#line(event);
+    if (this.#last && event.isPrimary) this.#line(event);
   }
 
   #line(event) {
