@@ -27,7 +27,7 @@ class Explorer:
     """A model on the CPU and its test images. Threads may ask at once; the model serves one at a time, with all cores.
 
     Pixels go in and out as a browser has them: uint8, row by row, the channels of a pixel side by side; out in base64, which
-    costs a twentieth of the time of a PNG.
+    takes a tenth of a PNG's time.
     """
 
     def __init__(self, name: str, model: VAE, config: Config, images: Images | None, problem: str = "") -> None:

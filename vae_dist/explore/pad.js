@@ -55,9 +55,9 @@ export class Pad {
   pixels() {
     const { width, height } = this.canvas;
     const shown = this.context.getImageData(0, 0, width, height).data;
-    return Uint8Array.from({ length: width * height * this.channels }, (_, i) => {
-      return shown[4 * Math.floor(i / this.channels) + (i % this.channels)];
-    });
+    const pixels = new Uint8Array(width * height * this.channels);
+    for (let i = 0; i < pixels.length; i++) pixels[i] = shown[4 * Math.floor(i / this.channels) + (i % this.channels)];
+    return pixels;
   }
 
   #begin(event) {
