@@ -22,7 +22,7 @@ from torch import Tensor
 import vae_dist
 from tests.helpers import Outcome, explored, reference_terms, refused
 from tests.test_photos import png_of_size
-from vae_dist.config import Config, DataConfig, ModelConfig
+from vae_dist.config import Config, DataConfig, InputError, ModelConfig
 from vae_dist.data import glyphs, sources
 from vae_dist.data.images import Resident
 from vae_dist.explore.app import build_app
@@ -314,6 +314,11 @@ def test_a_model_that_makes_no_numbers_says_so() -> None:
     answers = [client.post("/decode", json={"latents": [0, 0]}), client.post("/encode", content=bytes(16), headers=RAW)]
     assert [answer.status_code for answer in answers] == [422, 422]
     assert answers[0].json()["detail"] == "the model makes no finite numbers of this"
+
+
+def test_a_model_of_what_is_neither_grey_nor_colour_is_refused() -> None:
+    with pytest.raises(InputError, match="pairs: its images have 2 channels"):
+        Explorer("pairs", *untrained((2, 4, 4), hidden=(10,), latent_dim=2), None)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "127.0.0.1", "localhost:8000", "LOCALHOST", "[::1]:8000", "192.0.2.7:80"])

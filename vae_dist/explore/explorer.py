@@ -31,8 +31,16 @@ class Explorer:
     """
 
     def __init__(self, name: str, model: VAE, config: Config, images: Images | None, problem: str = "") -> None:
-        """`name` is the run's; `problem` says why there are no test images, where there are none."""
+        """`name` is the run's; `problem` says why there are no test images, where there are none.
+
+        Raises InputError where its images are neither grey nor of three colours.
+        """
+        if model.image_shape[0] not in (1, 3):
+            raise InputError(
+                f"{name}: its images have {model.image_shape[0]} channels; only 1 (grey) and 3 (colour) can be shown"
+            )
         self.model, self._name, self._config, self._images, self._problem = model, name, config, images, problem
+        self._is_binary = config.data.binarize != "none"
         self._model_turn, self._reader_turn = threading.Lock(), threading.Lock()
         self._noise = normal(derive_key(config.seed, Stream.EVALUATION), torch.zeros(1, dtype=torch.int64), model.latent_dim)
         self._kl = None if images is None else _mean_kl(model, as_images(first_images(images, _ORDERING_IMAGES)).cpu())
@@ -72,7 +80,7 @@ class Explorer:
         channels, height, width = self.model.image_shape
         images = as_images(torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, height, width, channels))
         images = images.permute(0, 3, 1, 2).contiguous()
-        if self._config.data.binarize != "none":
+        if self._is_binary:
             images = images.round()
         with self._model_turn, torch.no_grad():
             posterior = self.model.encode(images)
@@ -83,7 +91,7 @@ class Explorer:
             picture = self.model.likelihood.mean(decoded[:1])
         _require_finite(posterior.mean, kl, terms.loss)
         figures = {"loss": terms.loss.item(), "bce": terms.bce.item(), "kld": terms.kld.item()}
-        note = remark(self._config, figures["loss"], self.model.image_shape)
+        note = remark(self.model.likelihood, self._is_binary, figures["loss"], self.model.image_shape)
         return {"latents": posterior.mean[0].tolist(), "kl": kl[0].tolist(), **figures, "note": note} | {
             "pixels": _written(picture)
         }
