@@ -17,7 +17,8 @@ from tests.helpers import ROOT, Outcome, arguments, environment, launch
 from tests.wandb_file import WandbRun, offline_runs, read_wandb
 from vae_dist.config import Config, InputError, TrackingConfig
 from vae_dist.run import RunFolder
-from vae_dist.tracking import read_rows, wandb_mode
+from vae_dist.tracking import read_rows
+from vae_dist.wandb_server import wandb_mode
 
 
 def logged(wandb: WandbRun, key: str) -> list[tuple[int, Any]]:

@@ -62,7 +62,9 @@ def parse(args: Sequence[str]) -> Config:
                 print(f"(these options were read from {file})", file=sys.stderr)
             raise
     config = command_line(Config, _PROG, _in_python_words(options), config, _DESCRIPTION)
-    return replace(config, output=config.output or f"runs/{name or config.data.name}")
+    name = name or config.data.name
+    tracking = replace(config.tracking, group=config.tracking.group or name)
+    return replace(config, output=config.output or f"runs/{name}", tracking=tracking)
 
 
 def command_line(kind: type[T], prog: str, args: Sequence[str], default: T | None = None, description: str = "") -> T:

@@ -18,6 +18,7 @@ from vae_dist.config import Config, InputError
 from vae_dist.distributed import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    TrainingFailed,
     from_first_rank,
     in_words,
     on_first_rank,
@@ -31,8 +32,9 @@ from vae_dist.model import build_model
 from vae_dist.options import flat, parse, require_same_run
 from vae_dist.run import RunFolder, State, described_config
 from vae_dist.starting import start
-from vae_dist.tracking import RunTracker, Tracker, read_rows, wandb_mode
+from vae_dist.tracking import RunTracker, Tracker, read_rows
 from vae_dist.trainer import Trainer
+from vae_dist.wandb_server import wandb_mode
 
 
 def main(args: list[str] | None = None) -> int:
@@ -111,6 +113,8 @@ def run_to_end(trainer: Trainer, accelerator: Accelerator, baseline: float | Non
         on_first_rank(accelerator, lambda: trainer.set_status(state, f"{trainer.epoch} epochs are done"))
         status = 0 if completed else EXIT_INTERRUPTED
     except BaseException as error:
+        if isinstance(error, TrainingFailed):
+            trainer.tracker.alert("training failed", in_words(error))
         if accelerator.is_main_process:
             with contextlib.suppress(OSError):  # a full disk may be why
                 trainer.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", in_words(error))

@@ -23,7 +23,7 @@ from vae_dist.doctor.meeting import Abandoned, Fault, Meeting, MeetingOver
 from vae_dist.doctor.network import all_reduce, clocks, group, network, speed
 from vae_dist.options import parse
 from vae_dist.run import RunFolder
-from vae_dist.tracking import ask_wandb, wandb_mode
+from vae_dist.wandb_server import ask_wandb, wandb_mode
 
 _MOST_PATIENCE = 120.0  # seconds for an answer
 _APPEARS_SECONDS = 5.0  # until a new file must be seen everywhere: network file systems may take a while
