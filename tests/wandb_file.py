@@ -55,6 +55,11 @@ def _values(items: Iterable[Any]) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+def logged(wandb: WandbRun, key: str) -> list[tuple[int, Any]]:
+    """The steps and values of a figure."""
+    return [(row["_step"], row[key]) for row in wandb.history if key in row]
+
+
 def offline_runs(run: Path) -> list[WandbRun]:
     """The W&B runs in a run's folder, oldest first."""
     return [read_wandb(folder) for folder in sorted((run / "wandb").glob("offline-run-*"))]
