@@ -191,11 +191,10 @@ def closed(tracker: RunTracker, folder: Path) -> WandbRun:
 def test_the_best_epoch_so_far_is_in_the_summary_also_of_a_run_that_goes_on(
     tracker: Callable[..., RunTracker], tmp_path: Path
 ) -> None:
-    first = tracker(0)
-    for epoch, loss in enumerate([3.0, 2.0, 5.0], start=1):
-        first.log(row_of(epoch, loss))
-    for part in (first, tracker(3)):
-        part.log(row_of(4, 4.0))
+    for epochs, losses in (([1, 2, 3], [3.0, 2.0, 5.0]), ([4], [4.0])):
+        part = tracker(epochs[0] - 1)
+        for epoch, loss in zip(epochs, losses, strict=True):
+            part.log(row_of(epoch, loss))
         summary = closed(part, tmp_path / "run").summary
         assert (summary["best_test_loss"], summary["best_test_epoch"]) == (2.0, 2)
 
