@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling package verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,12 @@ communication: setup ## time sums over gloo, here and between network namespaces
 
 scaling: setup ## the expected efficiency of more GPUs: ARGS='--gpus 8 --network nvlink --step-us 60'
 	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+package: setup ## build sdist and wheel into dist/, check them, and use the wheel from an empty folder; some two minutes
+	rm -rf dist
+	$(BIN)/python -m build --installer uv
+	$(BIN)/twine check --strict dist/*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_package.py -o addopts="--strict-markers --strict-config"
 
 verify: setup ## train and evaluate CONFIG and hold the result to its band; the recipe of the embedded digits takes a minute
 	$(BIN)/python -m vae_dist.verify $(CONFIG) $(ARGS)

@@ -14,10 +14,11 @@ from torch import Tensor
 from tests.browser import chromium
 from tests.helpers import Outcome, launch, write_idx_set
 from tests.object_storage import TEST, TRAIN, Server, Way, write_set
-from vae_dist import check, dashboard, evaluate, generate, pack, train, verify
+from vae_dist import check, dashboard, evaluate, export, generate, pack, train, upload, verify
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
 from vae_dist.doctor import __main__ as doctor
+from vae_dist.explore import __main__ as explore
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +83,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     threads = torch.get_num_threads()
     mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
     mains |= {"check": check.main, "verify": verify.main, "pack": pack.main, "doctor": doctor.main}
+    mains |= {"export": export.main, "upload": upload.main, "explore": explore.main}
     mains |= {"dashboard": dashboard.main}
 
     def run(name: str, *args: object) -> Outcome:

@@ -72,7 +72,7 @@ def test_every_size_comes_back_exactly(
 ) -> None:
     config = ModelConfig(kind=kind, channels=3, latent_dim=5, halvings=halvings, likelihood=likelihood)
     with torch.device("meta"):
-        model = VAE(config, (channels, height, width))
+        model = VAE.from_config(config, (channels, height, width))
         output = model(torch.empty(2, channels, height, width), torch.empty(2, 5))
     assert output.mean.shape == output.logvar.shape == output.latents.shape == (2, 5)
     assert output.decoded.shape == (2, model.likelihood.outputs * channels, height, width)
@@ -86,14 +86,14 @@ def test_by_default_the_shorter_side_ends_at_4_to_7_pixels(
     config: ModelConfig, size: tuple[int, int], lowest: tuple[int, int]
 ) -> None:
     with torch.device("meta"):
-        model = VAE(replace(config, attention=0), (3, *size))
+        model = VAE.from_config(replace(config, attention=0), (3, *size))
     unflatten = next(module for module in model.decoder.modules() if isinstance(module, nn.Unflatten))
     assert unflatten.unflattened_size[1:] == lowest
 
 
 def test_widths_double_at_each_halving_up_to_eight_times() -> None:
     with torch.device("meta"):
-        models = [VAE(replace(config, channels=2, attention=0), (1, 256, 256)) for config in (CONV, RESNET)]
+        models = [VAE.from_config(replace(config, channels=2, attention=0), (1, 256, 256)) for config in (CONV, RESNET)]
     widths = [[m.out_channels for m in model.encoder.children() if isinstance(m, nn.Conv2d)] for model in models]
     assert widths == [[2, 4, 8, 16, 16, 16], [2, 4, 8, 16, 16, 16, 16]]
 
@@ -237,7 +237,7 @@ def test_sizes_that_do_not_fit_the_images_are_refused(config: ModelConfig, shape
 
 def test_attention_is_only_where_both_sides_are_small() -> None:
     def found(attention: int) -> int:
-        model = VAE(replace(RESNET, attention=attention), (1, 28, 60))  # 28 x 60, 14 x 30, 7 x 15
+        model = VAE.from_config(replace(RESNET, attention=attention), (1, 28, 60))  # 28 x 60, 14 x 30, 7 x 15
         return sum(type(module).__name__ == "SelfAttention" for module in model.modules())
 
     with torch.device("meta"):

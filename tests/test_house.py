@@ -17,7 +17,9 @@ ORDER = [
     "config.model",
     "config.training",
     "config",
+    "options_help",
     "options",
+    "progress",
     "noise",
     "checkpoint",
     "data.glyphs",
@@ -25,6 +27,7 @@ ORDER = [
     "data.idx",
     "data.order",
     "data.images",
+    "data.own",
     "data.photos",
     "data.folder",
     "data.packed",
@@ -38,6 +41,7 @@ ORDER = [
     "networks",
     "model",
     "objective",
+    "own_modules",
     "optimizer",
     "averaging",
     "distributed",
@@ -62,11 +66,15 @@ ORDER = [
     "step",
     "stopping",
     "guards",
+    "callbacks",
     "trainer",
+    "fitting",
     "train",
     "check",
     "verify",
     "generate",
+    "export",
+    "upload",
     "dashboard",
     "pack",
     "doctor",
@@ -74,6 +82,11 @@ ORDER = [
     "doctor.health",
     "doctor.network",
     "doctor.__main__",
+    "explore",
+    "explore.explorer",
+    "explore.app",
+    "explore.__main__",
+    "__main__",
 ]
 
 PACKAGE = Path(vae_dist.__file__).parent
@@ -107,7 +120,11 @@ def test_a_module_imports_only_from_those_above_it(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
-    [("vae_dist", ["torch", "accelerate", "tyro"]), ("vae_dist.train", ["wandb", "torchvision"])],
+    [
+        ("vae_dist", ["torch", "accelerate", "tyro"]),
+        ("vae_dist.__main__", ["torch", "accelerate", "tyro"]),
+        ("vae_dist.train", ["wandb", "torchvision"]),
+    ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(module: str, unwanted: list[str]) -> None:
     check = f"import sys, {module}; sys.exit(str([m for m in {unwanted} if m in sys.modules] or 0))"

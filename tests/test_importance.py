@@ -59,7 +59,7 @@ def linear() -> tuple[VAE, Tensor, Tensor]:
     x = as_images(pixels).flatten(1).double()
     covariance = weight.double() @ weight.double().T + SIGMA**2 * torch.eye(12, dtype=torch.float64)
     log_p = MultivariateNormal(bias.double(), covariance).log_prob(x)
-    model = VAE(ModelConfig(hidden=(), latent_dim=2), (1, 4, 3))
+    model = VAE.from_config(ModelConfig(hidden=(), latent_dim=2), (1, 4, 3))
     model.likelihood = LinearGaussian()
     # A posterior that is near the true one, but not it: its mean is off, and it is too wide.
     precision = torch.eye(2) + weight.T @ weight / SIGMA**2

@@ -279,7 +279,7 @@ def test_a_damaged_pack_is_refused_by_file(damage: Callable[[Path], object], tol
     with pytest.raises(InputError, match=told) as error:
         Packed(pack / "train")
     assert str(pack / "train") in str(error.value)
-    assert "vae_dist.pack" in str(error.value), "the way out"
+    assert "vae-dist pack" in str(error.value), "the way out"
 
 
 def test_verification_reads_every_byte(pack: Path, command: Command) -> None:

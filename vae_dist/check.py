@@ -23,7 +23,8 @@ from vae_dist.config import InputError
 from vae_dist.data import glyphs
 from vae_dist.data.idx import idx_bytes
 from vae_dist.distributed import EXIT_FAILED, TrainingFailed, run_entry_point
-from vae_dist.options import command_line
+from vae_dist.options import command_line, program
+from vae_dist.progress import no_bar
 from vae_dist.tracking import read_rows
 
 _TRAIN_IMAGES, _TEST_IMAGES = 2000, 500
@@ -76,7 +77,7 @@ def main(args: list[str] | None = None) -> int:
     options = command_line(Options, "vae_dist.check", sys.argv[1:] if args is None else args)
     worlds = options.worlds()
     if "RANK" in os.environ:
-        raise InputError("vae_dist.check starts the processes by itself: start it with plain `python -m vae_dist.check`")
+        raise InputError(f"vae_dist.check starts the processes by itself: start it with plain `{program('vae_dist.check')}`")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end what was started, as after Ctrl-C
     on_gpus = torch.cuda.device_count() >= max(worlds)
     where = torch.cuda.get_device_name() if on_gpus else f"CPU ({len(os.sched_getaffinity(0))} cores of {platform.machine()})"
@@ -84,7 +85,7 @@ def main(args: list[str] | None = None) -> int:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         _write_images(Path(folder))
-        for mode, processes in (bar := tqdm(list(product((False, True), worlds)), unit="job", leave=False, disable=None)):
+        for mode, processes in (bar := tqdm(list(product((False, True), worlds)), unit="job", leave=False, disable=no_bar())):
             bar.set_description(f"{processes} processes, {'bitwise' if mode else 'default'} mode")
             results[mode, processes] = _run(Path(folder), processes, mode, on_gpus)
     default, bitwise = (

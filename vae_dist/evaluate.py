@@ -6,7 +6,6 @@ python -m vae_dist.evaluate runs/mnist --iw_samples 5000
 import json
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -18,14 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import Config, InputError
+from vae_dist.config import DataConfig, InputError
 from vae_dist.data import as_images, rows_at_once
 from vae_dist.data.images import Images, Resident, first_images
 from vae_dist.data.order import FILLER, Partition
+from vae_dist.data.own import OwnImages, is_black_and_white, own_images
 from vae_dist.distributed import on_first_rank, run_entry_point, say, sum_over_ranks, together
 from vae_dist.importance import PartialFile, log_marginals
-from vae_dist.likelihoods import bits_per_dimension, is_log_likelihood, remark
-from vae_dist.loading import load_images
+from vae_dist.likelihoods import bits_per_dimension, remark
+from vae_dist.loading import load_images, on_device
 from vae_dist.model import VAE, Output, reparameterize
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, kl_by_dimension, negative_elbo
@@ -38,8 +38,9 @@ from vae_dist.posterior import (
     bins_of_means,
     mutual_information,
 )
+from vae_dist.progress import no_bar
 from vae_dist.run import RunFolder, is_checkpoint, load_model
-from vae_dist.starting import start
+from vae_dist.starting import start, surroundings_kept
 from vae_dist.wandb_run import summarise
 
 # Rows of every forward pass, whatever the number of ranks: an image's figure then never depends on who else evaluates.
@@ -80,7 +81,7 @@ def evaluate(model: VAE, images: Images, seed: int, accelerator: Accelerator, pr
     counts = totals.new_zeros(MEAN_BINS)
     losses = []
     mine = partition.of_rank(order, accelerator.process_index).flatten(1)
-    quiet = None if progress and accelerator.is_main_process else True
+    quiet = no_bar(progress and accelerator.is_main_process)
     for indices, pixels in zip(tqdm(mine, desc="evaluating", disable=quiet), images.stream(mine), strict=True):
         batch = as_images(pixels)
         posterior = model.encode(batch)
@@ -150,8 +151,11 @@ def main(args: list[str] | None = None) -> int:
     images = load_images(data, accelerator, train=False, shape=model.image_shape)
     if options.images is not None:
         images = Resident(first_images(images, options.images))
-    record = figures(options, config, model.to(accelerator.device), images, accelerator)
-    say(accelerator, table(record, config, model.image_shape))
+    is_binary = config.data.binarize != "none"
+    kept = RunFolder(options.run).evaluation_so_far if is_kept(options) else None
+    partial = PartialFile(kept, (config.seed, config.model), model, images, options.iw_samples)
+    record = figures(model.to(accelerator.device), images, accelerator, config.seed, is_binary, options.iw_samples, partial)
+    say(accelerator, table(record, model, is_binary))
     if is_kept(options):
         run = RunFolder(options.run)
         content = json.dumps(record, indent=2, allow_nan=False) + "\n"
@@ -165,47 +169,72 @@ def is_kept(options: Options) -> bool:
     return options.images is None and not is_checkpoint(options.run)
 
 
-def figures(options: Options, config: Config, model: VAE, images: Images, accelerator: Accelerator) -> dict[str, Any]:
-    """All that evaluation.json holds. All ranks call it."""
-    found = evaluate(model, images, config.seed, accelerator, progress=True)
+def measure(model: VAE, images: OwnImages, iw_samples: int = 0, seed: int = 0) -> dict[str, Any]:
+    """What `python -m vae_dist.evaluate` finds, for any images: those that `vae_dist.data.own.own_images` takes.
+
+    In nats per image: `loss`, the negative ELBO, its parts `bce` and `kld`, and its standard error `stderr`; with `iw_samples`
+    `nll`, -log p(x) by importance sampling; `n`, `active_units`, `kld_per_dim`, `mutual_information`. A seed names the noise.
+    Called in one process, or in all of several, which share the work. The model goes to the device. Raises InputError where the
+    images are not the model's, or its loss is not finite.
+    """
+    with surroundings_kept():
+        accelerator = start()
+        found = own_images(images, "images")
+        is_binary = is_black_and_white(found)
+        found = on_device(found, "images", DataConfig(), accelerator, train=False, shape=model.image_shape)
+        return figures(model.to(accelerator.device), found, accelerator, seed, is_binary, iw_samples)
+
+
+def figures(
+    model: VAE,
+    images: Images,
+    accelerator: Accelerator,
+    seed: int,
+    is_binary: bool,
+    iw_samples: int = 0,
+    partial: PartialFile | None = None,
+) -> dict[str, Any]:
+    """All that evaluation.json holds. All ranks call it. `is_binary` says that pixels are black or white.
+
+    Raises InputError where the model's loss is not finite.
+    """
+    found = evaluate(model, images, seed, accelerator, progress=True)
     means = found.sums.figures()
     if not math.isfinite(means["loss"]):
-        raise InputError(f"{options.run}: the loss of this model is not finite")
-    information, most = mutual_information(model, images, config.seed, accelerator)
-    return (
-        {"split": "test", "elbo": -means["loss"], **means, "stderr": found.stderr}
-        | {"is_log_likelihood": is_log_likelihood(config)}
-        | {"bits_per_dim": bits_per_dimension(config, means["loss"], model.image_shape)}
-        | (importance_figures(options, config, model, images, accelerator) if options.iw_samples else {})
-        | {"active_units": found.active_units, "latent_dim": model.latent_dim, "kld_per_dim": found.kld_per_dim}
-        | {"mutual_information": information, "mutual_information_at_most": most}
-    )
+        raise InputError("the loss of this model on these images is not finite")
+    information, most = mutual_information(model, images, seed, accelerator)
+    figures: dict[str, Any] = {"split": "test", "elbo": -means["loss"], **means, "stderr": found.stderr}
+    figures["is_log_likelihood"] = model.likelihood.is_log_likelihood(is_binary)
+    figures["bits_per_dim"] = bits_per_dimension(model.likelihood, is_binary, means["loss"], model.image_shape)
+    if iw_samples:
+        partial = partial or PartialFile(None, None, model, images, iw_samples)
+        figures |= importance_figures(model, images, accelerator, seed, is_binary, iw_samples, partial)
+    figures |= {"active_units": found.active_units, "latent_dim": model.latent_dim, "kld_per_dim": found.kld_per_dim}
+    return figures | {"mutual_information": information, "mutual_information_at_most": most}
 
 
 def importance_figures(
-    options: Options, config: Config, model: VAE, images: Images, accelerator: Accelerator
+    model: VAE, images: Images, accelerator: Accelerator, seed: int, is_binary: bool, samples: int, partial: PartialFile
 ) -> dict[str, float | None]:
     """-log p(x) by importance sampling, in nats per image. All ranks call it."""
-    n, samples = len(images), options.iw_samples
-    path = RunFolder(options.run).evaluation_so_far if is_kept(options) else None
-    partial = PartialFile(path, config, model, images, samples)
-    quiet = None if accelerator.is_main_process else True
+    n, quiet = len(images), no_bar(accelerator.is_main_process)
     with tqdm(total=n, desc=f"log p(x), {samples} samples", unit="image", smoothing=0, disable=quiet) as bar:
-        log_p = log_marginals(model, images, config.seed, samples, accelerator, partial, bar.update)
+        log_p = log_marginals(model, images, seed, samples, accelerator, partial, bar.update)
     on_first_rank(accelerator, partial.remove)
     nll, spread = -log_p.mean().item(), log_p.std(correction=0).item()
-    bits = bits_per_dimension(config, nll, model.image_shape)
+    bits = bits_per_dimension(model.likelihood, is_binary, nll, model.image_shape)
     return {"nll": nll, "nll_stderr": spread / math.sqrt(n), "iw_samples": samples, "nll_bits_per_dim": bits}
 
 
-def table(record: dict[str, Any], config: Config, image_shape: Sequence[int]) -> str:
+def table(record: dict[str, Any], model: VAE, is_binary: bool) -> str:
     """The figures for a reader."""
     parts = f"bce {record['bce']:.4f} + kld {record['kld']:.4f}"
-    note = remark(config, record["loss"], image_shape)
+    note = remark(model.likelihood, is_binary, record["loss"], model.image_shape)
     lines = [f"test loss {record['loss']:.4f} ± {record['stderr']:.4f} nats{note} ({parts}), n={record['n']}"]
     if "nll" in record:
-        note, of = remark(config, record["nll"], image_shape), f"k={record['iw_samples']}, n={record['n']}"
+        note = remark(model.likelihood, is_binary, record["nll"], model.image_shape)
         name = "-log p(x)" if record["is_log_likelihood"] else "importance-weighted loss"
+        of = f"k={record['iw_samples']}, n={record['n']}"
         lines.append(f"{name} {record['nll']:.4f} ± {record['nll_stderr']:.4f} nats{note}, {of}")
     information, most = record["mutual_information"], record["mutual_information_at_most"]
     ceiling = " (at its ceiling, the log of the number of images)" if information > 0.99 * most else ""

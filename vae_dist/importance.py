@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import Config
 from vae_dist.data import as_images, rows_at_once
 from vae_dist.data.images import Images
 from vae_dist.data.order import FILLER
@@ -88,16 +87,15 @@ def _log_weights(model: VAE, images: Tensor, posterior: Posterior, noise: Tensor
 class PartialFile:
     """What is done of an evaluation, kept in a file so that an end in the middle loses seconds. Rank zero's methods."""
 
-    def __init__(self, path: Path | None, config: Config, model: VAE, images: Images, samples: int) -> None:
-        """Without a path nothing is kept."""
-        self._path, self._config, self._model, self._images, self._samples = path, config, model, images, samples
+    def __init__(self, path: Path | None, settings: object, model: VAE, images: Images, samples: int) -> None:
+        """`settings` are what the figures depend on besides weights and images. Without a path nothing is kept."""
+        self._path, self._settings, self._model, self._images, self._samples = path, settings, model, images, samples
         self._saved = time.monotonic()
 
     @functools.cached_property
     def _job(self) -> str:
         """A digest of all that the figures depend on."""
-        config = self._config
-        facts = (_FORMAT, _IMAGES, _MOST_SAMPLES, self._samples, config.seed, config.model, self._images.digest())
+        facts = (_FORMAT, _IMAGES, _MOST_SAMPLES, self._samples, self._settings, self._images.digest())
         digest = hashlib.sha256(repr(facts).encode())
         for tensor in self._model.state_dict().values():
             digest.update(tensor.cpu().numpy().data)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vae_dist.config import Config, ModelConfig
+from vae_dist.config import ModelConfig
 
 _LEVELS = 256  # of a pixel value
 _LEVELS_AT_ONCE = 17  # in a mean
@@ -32,6 +32,10 @@ class Likelihood(nn.Module):
     outputs = 1  # numbers that the decoder gives for each pixel value
     levels: int | None = None  # values that a pixel may have; None where they are a continuum and p(x|z) is a density
 
+    def is_log_likelihood(self, is_binary: bool) -> bool:
+        """Whether `log_prob` is log p(x|z) of images whose pixels are all black or white, or are not."""
+        return True
+
     def log_prob(self, decoded: Tensor, images: Tensor) -> Tensor:
         """log p(x|z) in nats, (batch,), of images in [0, 1], (batch, channels, …); `decoded` is (batch, outputs * channels, …).
 
@@ -52,6 +56,9 @@ class Bernoulli(Likelihood):
     """
 
     levels = 2
+
+    def is_log_likelihood(self, is_binary: bool) -> bool:
+        return is_binary
 
     def log_prob(self, decoded: Tensor, images: Tensor) -> Tensor:
         """From logits: a sigmoid before the cross-entropy has no gradient from logit 17 on."""
@@ -109,6 +116,9 @@ class Gaussian(Likelihood):
         self.sigma = sigma
         if sigma == "learned":
             self.log_sigma = nn.Parameter(torch.zeros(()))  # DDP sums its gradient too, though its forward never meets it
+
+    def is_log_likelihood(self, is_binary: bool) -> bool:
+        return self.sigma != "optimal"
 
     def log_prob(self, decoded: Tensor, images: Tensor) -> Tensor:
         squares = (images - self.mean(at_least_float32(decoded))).square().flatten(1)
@@ -181,22 +191,15 @@ def build_likelihood(config: ModelConfig) -> Likelihood:
     return Bernoulli()
 
 
-def is_log_likelihood(config: Config) -> bool:
-    """Whether a run's -bce is log p(x|z) of its images: grey levels are no values of a Bernoulli variable."""
-    if config.model.likelihood == "bernoulli":
-        return config.data.binarize != "none"
-    return config.model.likelihood != "gaussian" or config.model.sigma != "optimal"
-
-
-def bits_per_dimension(config: Config, nats: float, image_shape: Sequence[int]) -> float | None:
+def bits_per_dimension(likelihood: Likelihood, is_binary: bool, nats: float, image_shape: Sequence[int]) -> float | None:
     """A loss in nats per image as bits per pixel value; None where the values are a continuum, or it is no log-likelihood."""
-    is_discrete = build_likelihood(config.model).levels is not None and is_log_likelihood(config)
+    is_discrete = likelihood.levels is not None and likelihood.is_log_likelihood(is_binary)
     return nats / (math.log(2) * math.prod(image_shape)) if is_discrete else None
 
 
-def remark(config: Config, nats: float, image_shape: Sequence[int]) -> str:
+def remark(likelihood: Likelihood, is_binary: bool, nats: float, image_shape: Sequence[int]) -> str:
     """What must be said right after a loss that is shown in nats per image."""
-    bits = bits_per_dimension(config, nats, image_shape)
+    bits = bits_per_dimension(likelihood, is_binary, nats, image_shape)
     if bits is not None:
         return f", {bits:.4f} bits per dimension"
-    return "" if is_log_likelihood(config) else ", not a log-likelihood"
+    return "" if likelihood.is_log_likelihood(is_binary) else ", not a log-likelihood"

@@ -16,17 +16,27 @@ from vae_dist.noise import Stream, derive_key
 def load_images(config: DataConfig, accelerator: Accelerator, train: bool, shape: Sequence[int] | None = None) -> Images:
     """The training or the test images; what must be fetched or decoded first is, by one process of each machine.
 
-    Binarised they are one data set, whatever the seed: training images by `static`, test images always, so that figures of
-    different epochs and runs compare. `dynamic` training images stay grey until a step draws them.
-    Raises the same InputError on all ranks where a rank cannot have them or has others than the rest, or they are not of the
-    shape that is asked for.
+    Raises the same InputError on all ranks where a rank cannot have them, and as `on_device` does.
     """
     home = _fetched(config, accelerator)
     images = together(accelerator, lambda: sources.load(config, train, home))
+    return on_device(images, f"--data.root {config.root}", config, accelerator, train, shape)
+
+
+def on_device(
+    images: Images, source: str, config: DataConfig, accelerator: Accelerator, train: bool, shape: Sequence[int] | None = None
+) -> Images:
+    """The training or the test images as this rank takes them.
+
+    Binarised they are one data set, whatever the seed: training images by `static`, test images always, so that figures of
+    different epochs and runs compare. `dynamic` training images stay grey until a step draws them.
+    Raises the same InputError on all ranks, naming `source`, where a rank has others than the rest, or they are not of the
+    shape that is asked for.
+    """
     if shape is not None and images.shape != tuple(shape):
         sides = ("x".join(map(str, size)) for size in (images.shape, shape))
-        raise InputError(f"--data.root {config.root}: images of {' pixels, where '.join(sides)} are expected")
-    name = f"the SHA-256 of the {'training' if train else 'test'} images in --data.root"
+        raise InputError(f"{source}: images of {' pixels, where '.join(sides)} are expected")
+    name = f"the SHA-256 of the {'training' if train else 'test'} images in {source.split()[0]}"
     require_same(accelerator, lambda: {name: images.digest()[:16]})
     if config.binarize == "static" or (config.binarize == "dynamic" and not train):
         images = images.binarized(derive_key(0, Stream.BINARY_TRAIN if train else Stream.BINARY_TEST))

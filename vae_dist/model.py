@@ -1,15 +1,15 @@
 """The variational autoencoder (Kingma & Welling 2014, Rezende et al. 2014): encode, reparameterize, decode."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vae_dist.config import ModelConfig
+from vae_dist.config import InputError, ModelConfig
 from vae_dist.data import rows_at_once
 from vae_dist.data.images import Images
-from vae_dist.likelihoods import at_least_float32, build_likelihood
+from vae_dist.likelihoods import Bernoulli, Likelihood, at_least_float32, build_likelihood
 from vae_dist.networks import build_networks, set_output_bias
 from vae_dist.noise import Stream, derive_key, normal
 
@@ -39,12 +39,34 @@ class VAE(nn.Module):
     else and compute in the parameters' own precision.
     """
 
-    def __init__(self, config: ModelConfig, image_shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        image_shape: Sequence[int],
+        likelihood: Likelihood | None = None,
+    ) -> None:
+        """`encoder` maps images in [0, 1], (batch, *image_shape), to the posterior's mean and log-variance, side by side:
+        (batch, 2 * latent_dim). `decoder` maps latents, (batch, latent_dim), to the parameters of the likelihood (bernoulli
+        unless another is given): (batch, outputs * channels, height, width).
+        """
         super().__init__()
-        self.latent_dim = config.latent_dim
+        self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
-        self.likelihood = build_likelihood(config)
-        self.encoder, self.decoder = build_networks(config, image_shape, self.likelihood.outputs)
+        self.likelihood = likelihood or Bernoulli()
+        self.encoder, self.decoder = encoder, decoder
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, image_shape: Sequence[int]) -> "VAE":
+        """The network that a config describes. Raises InputError where its modules are not of this package."""
+        if config.kind == "own":
+            raise InputError(
+                "--model.kind own: the modules are a program's own, and only that can build them: vae_dist.fit(…, model=build) "
+                "trains them, vae_dist.load(run, build) loads them"
+            )
+        likelihood = build_likelihood(config)
+        return cls(*build_networks(config, image_shape, likelihood.outputs), config.latent_dim, image_shape, likelihood)
 
     def forward(self, images: Tensor, noise: Tensor) -> Output:
         """Images in [0, 1], (batch, *image_shape), and standard normal noise, (batch, latent_dim) or (batch, k, latent_dim)."""
@@ -81,14 +103,19 @@ def reparameterize(posterior: Posterior, noise: Tensor) -> Tensor:
 
 
 def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int, images: Images | None = None) -> VAE:
-    """A new model on the CPU, its weights a function of the seed; the global generator is left as it was.
+    """A new model on the CPU, its weights a function of the seed.
 
     With `model.output_bias: data` they also follow from the training images; without these, who restores weights anyway has
     no need to read them all.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = VAE(config, image_shape)
+    model = seeded(seed, lambda: VAE.from_config(config, image_shape))
     if config.output_bias == "data" and images is not None:
         set_output_bias(model.decoder, images)
     return model
+
+
+def seeded(seed: int, build: Callable[[], VAE]) -> VAE:
+    """What `build` builds when torch's generator begins at the seed; the generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()

@@ -4,16 +4,19 @@ import contextlib
 import io
 import json
 import os
+import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import tyro
 import yaml
 
-from vae_dist.config import Config, InputError
+from vae_dist.config import Config, DataConfig, InputError
+from vae_dist.options_help import options_of, overview, topic_of
 
 T = TypeVar("T")
 
@@ -39,47 +42,87 @@ FREE_FIELDS = frozenset(
     ]
 )
 
-_PROG = "vae_dist.train"
-_DESCRIPTION = """Train a variational autoencoder. --config FILE reads the options of a YAML recipe first;
-options given here beat it. To run on several processes: accelerate launch [launcher options] -m vae_dist.train ..."""
+RECIPES = Path(__file__).parent / "configs"  # in the repository a link to where everybody looks for them
+
+_DESCRIPTION = """Train a variational autoencoder. --config FILE reads the options of a YAML recipe first, or --config
+NAME those of one that comes with the package, such as glyphs; options given here beat it. To run on several processes:
+accelerate launch [launcher options] -m vae_dist.train ..."""
 _WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
-def parse(args: Sequence[str]) -> Config:
+def parse(args: Sequence[str], module: str = "vae_dist.train", description: str = _DESCRIPTION) -> Config:
     """The run that a command line asks for. Options beat the file that `--config` names, the file beats the defaults.
 
+    `module` is the entry point, and `description` what its help says of it.
     Raises InputError where that file cannot be read; other faults are printed once and end the process with status 2, through
     SystemExit.
     """
+    if (topic := topic_of(args)) is not None:
+        _show_help(topic, module, description)
     file, options = _take_config_option(args)
     config, name = Config(), None
     if file is not None:
         from_file = list(_as_options(_read_yaml(file)))
         try:
-            config, name = command_line(Config, _PROG, from_file), file.stem
+            config, name = command_line(Config, module, from_file), file.stem
         except SystemExit:
             if is_spokesman():
                 print(f"(these options were read from {file})", file=sys.stderr)
             raise
-    config = command_line(Config, _PROG, _in_python_words(options), config, _DESCRIPTION)
+    config = command_line(Config, module, _in_python_words(options), config, description)
     name = name or config.data.name
     tracking = replace(config.tracking, group=config.tracking.group or name)
     return replace(config, output=config.output or f"runs/{name}", tracking=tracking)
 
 
-def command_line(kind: type[T], prog: str, args: Sequence[str], default: T | None = None, description: str = "") -> T:
+def _show_help(topic: str, module: str, description: str) -> NoReturn:
+    if topic != "overview":
+        command_line(options_of(topic), module, ["--help"], description=description)
+    if is_spokesman():
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` has seen enough
+        print(overview(program(module), description))
+    sys.exit(0)
+
+
+def command_line(kind: type[T], module: str, args: Sequence[str], default: T | None = None, description: str = "") -> T:
     """An instance of a dataclass from command-line options; wrong ones are printed and end the process with status 2."""
-    parsed = tyro.cli(
-        kind,
-        prog=f"python -m {prog}",
-        args=list(args),
-        default=default,
-        description=description or None,
-        use_underscores=True,
-        console_outputs=is_spokesman(),
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    try:
+        parsed = tyro.cli(
+            kind,
+            prog=program(module),
+            args=list(args),
+            default=default,
+            description=description or None,
+            use_underscores=True,
+            console_outputs=is_spokesman(),
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except BrokenPipeError:  # `--help | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     return cast(T, parsed)  # with a default that may be None, its type cannot be told
+
+
+def program(module: str) -> str:
+    """The command line that starts an entry point the way this process was started: `vae-dist evaluate`,
+    `python -m vae_dist evaluate`, or `python -m vae_dist.evaluate`.
+    """
+    started = os.path.abspath(sys.argv[0])
+    name, command = os.path.basename(started), module.removeprefix("vae_dist.")
+    if name == "vae-dist":
+        return f"{as_typed(started, name)} {command}"
+    is_one_for_all = Path(started).parts[-2:] == ("vae_dist", "__main__.py")
+    return f"{python()} -m {f'vae_dist {command}' if is_one_for_all else module}"
+
+
+def python() -> str:
+    """This Python, as a user would call it."""
+    return as_typed(sys.executable, "python")
+
+
+def as_typed(file: str, name: str) -> str:
+    """`name`, where a shell would find that very file by it; else a path to the file."""
+    return name if shutil.which(name) == file else min(file, os.path.relpath(file), key=len)
 
 
 def is_spokesman() -> bool:
@@ -112,6 +155,12 @@ def flat(config: Config) -> dict[str, Any]:
     return _flatten(to_mapping(config))
 
 
+def without_places(config: Config) -> Config:
+    """The same run without the folders of this machine, which say nothing to others."""
+    data, tracking = replace(config.data, root=DataConfig.root), replace(config.tracking, baseline=None)
+    return replace(config, output="", resume=Config.resume, data=data, tracking=tracking)
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """A line for each field that differs and gives the run another meaning, for example `seed: 0 there, 1 here`."""
     before, after = flat(old), flat(new)
@@ -141,8 +190,14 @@ def _take_config_option(args: Sequence[str]) -> tuple[Path | None, list[str]]:
         else:
             others.append(arg)
     if len(files) > 1 or "" in files:
-        raise InputError(f"--config {' '.join(files)}: name one YAML file, such as configs/mnist.yaml")
-    return (Path(files[0]) if files else None), others
+        raise InputError(f"--config {' '.join(files)}: name one YAML file, or one recipe, such as mnist")
+    return (_recipe(files[0]) if files else None), others
+
+
+def _recipe(name: str) -> Path:
+    """The file of that name, else the recipe of that name that comes with this package."""
+    shipped = RECIPES / f"{name}.yaml"
+    return shipped if shipped.is_file() and not Path(name).is_file() else Path(name)
 
 
 def _in_python_words(options: list[str]) -> list[str]:
@@ -173,7 +228,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
-        raise InputError(f"--config {file}: {error.strerror or error}; name a YAML file, such as configs/mnist.yaml") from None
+        shipped = ", ".join(sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml")))
+        way_out = f"name a YAML file, or a recipe that comes with this package: {shipped}"
+        raise InputError(f"--config {file}: {error.strerror or error}; {way_out}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:

@@ -6,7 +6,7 @@ import json
 import operator
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -99,10 +99,19 @@ class RunFolder:
 
     def state(self) -> str:
         """The state last set; empty where none was."""
+        return str(self._last_status().get("state", ""))
+
+    def was_enough(self, step: int, steps: int) -> bool:
+        """Whether a run of so many steps was finished after fewer, since a callback had enough."""
+        status = self._last_status()
+        return (status.get("state"), status.get("step"), status.get("steps")) == ("finished", step, steps)
+
+    def _last_status(self) -> dict[str, Any]:
         try:
-            return str(json.loads(self._status.read_text())["state"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return ""
+            status = json.loads(self._status.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return status if isinstance(status, dict) else {}
 
     def save_model(self, config: Config, model: VAE) -> None:
         """Writes the final weights and their description: all that anybody needs to use the model."""
@@ -134,8 +143,10 @@ def described_config(description: dict[str, Any], source: Path) -> Config:
     return from_mapping(config, source)
 
 
-def load_model(path: str | Path) -> tuple[VAE, Config]:
+def load_model(path: str | Path, build: Callable[[], VAE] | None = None) -> tuple[VAE, Config]:
     """The model of a run, or of one checkpoint, in eval mode on the CPU, and its config.
+
+    A model of a program's own modules takes the function that built it.
 
     Of a run: the final weights, or its newest whole checkpoint while it is not finished. Raises InputError where there is
     neither, or they are damaged. With `optimizer.ema` a checkpoint gives the average of the weights, as a finished run does.
@@ -152,12 +163,15 @@ def load_model(path: str | Path) -> tuple[VAE, Config]:
         description, weights, averages = _read_checkpoint(folder) if is_checkpoint(folder) else _read_final(folder)
         config = described_config(description, folder / "config.json")
         channels, height, width = (operator.index(side) for side in description["image_shape"])
-        with torch.device("meta"):  # takes no memory, whatever sizes a damaged description claims
-            model = VAE(config.model, (channels, height, width))
+        if build is None:
+            with torch.device("meta"):  # takes no memory, whatever sizes a damaged description claims
+                model = VAE.from_config(config.model, (channels, height, width))
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    if build is not None:
+        model = build()
     if config.optimizer.ema:
         restore_weights(model, averages, folder, assign=True, what="averaged weights")
     else:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import accelerate
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradScalerKwargs,
@@ -128,6 +130,28 @@ def tf32() -> Iterator[None]:
         yield
     finally:
         set_tf32(False)
+
+
+@contextlib.contextmanager
+def surroundings_kept() -> Iterator[None]:
+    """Afterwards the process is as it was: signal handlers, threads, torch's modes, and any Accelerator of the caller."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    state = dict(AcceleratorState._shared_state)
+    AcceleratorState._shared_state.clear()  # the precision of a second training may be another
+    try:
+        yield
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(state)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _meet(_: str, timeout: timedelta, **options: object) -> Iterator[tuple[Store, int, int]]:

@@ -1,6 +1,7 @@
 """Stopping together: one rank is told to, by a signal or the time limit, and all leave after the same step."""
 
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -25,7 +26,12 @@ class Stopping:
         self._met_at = time.monotonic()
 
     def listen(self) -> None:
-        """Takes SIGTERM, SIGUSR1 and Ctrl-C for the word to stop. A second Ctrl-C does not wait for the others."""
+        """Takes SIGTERM, SIGUSR1 and Ctrl-C for the word to stop. A second Ctrl-C does not wait for the others.
+
+        Signals reach a process's main thread alone: a training in another is not told.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, self._tell)
 

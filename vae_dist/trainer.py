@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_dist import checkpoint, pictures
+from vae_dist.callbacks import Callback
 from vae_dist.charts import closeup
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config, InputError, deterministic_rows
@@ -29,6 +30,7 @@ from vae_dist.noise_scale import NoiseScale
 from vae_dist.objective import Sums
 from vae_dist.optimizer import learning_rate
 from vae_dist.pace import Pace
+from vae_dist.progress import no_bar
 from vae_dist.run import RunFolder, State
 from vae_dist.state import Progress, pack, unpack
 from vae_dist.step import Step
@@ -47,7 +49,14 @@ class Trainer:
     """Trains a model on images that come to its device. Every method is called by all ranks unless it says otherwise."""
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, model: VAE, train: Images, test: Images, run: RunFolder
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        model: VAE,
+        train: Images,
+        test: Images,
+        run: RunFolder,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """`train` and `test` give out their images on the accelerator's device; `model` is on any."""
         self.config = config
@@ -63,6 +72,8 @@ class Trainer:
         # What is evaluated, drawn and left at the end.
         self.result = self.model if self.step.averages is None else self.step.averages.model
         self.tracker = Tracker()
+        self._callbacks = callbacks
+        self._is_enough = False  # a callback said so
         self.progress = Progress(images=len(train), data=train.digest())
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
         # Sums of this rank in each step since the last reduce, on the device: of `Terms.columns`.
@@ -84,9 +95,11 @@ class Trainer:
         return self.progress.step // self.partition.steps
 
     def fit(self) -> bool:
-        """Trains to the last epoch. False if a signal ended it before; a checkpoint has been written then."""
+        """Trains to the last epoch, or until a callback has enough. False if a signal ended it before; a checkpoint has been
+        written then.
+        """
         self.drift_guard.compare(self.progress.step, self._packed)
-        while not self.is_done():
+        while not (self.is_done() or self._is_enough):
             if not self._train_epoch(self.epoch + 1):
                 return False
         return True
@@ -104,7 +117,7 @@ class Trainer:
             initial=first,
             unit="step",
             leave=False,
-            disable=None if self.accelerator.is_main_process else True,
+            disable=no_bar(self.accelerator.is_main_process),
         )
         with bar:
             for number, batch in enumerate(self._batches(epoch, first), start=first + 1):
@@ -118,7 +131,7 @@ class Trainer:
         self.drift_guard.compare(self.progress.step, self._packed)
         stop = self.stopping.is_agreed(self.progress.step, at_once=True)
         self._end_epoch(epoch)
-        return self.is_done() or not stop
+        return self.is_done() or self._is_enough or not stop
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each step of an epoch from `first` on: this rank's images, uint8 (rounds, rows, *image_shape), their numbers,
@@ -166,6 +179,8 @@ class Trainer:
             row = self._row("train", epoch, self.progress.window_sums) | self._step_figures() | self._pace.end_window()
             self.progress.window_sums = Sums()
             on_first_rank(self.accelerator, lambda: self.tracker.log(row))
+            for callback in self._callbacks:
+                callback.on_row(row)
             bar.set_postfix_str(f"loss {row['loss']:.2f}", refresh=False)
         if save_due or stop:
             self.save()
@@ -221,14 +236,15 @@ class Trainer:
         found = evaluate(self.result, self.test, self.config.seed, self.accelerator)
         self._require_finite(math.isfinite(found.sums.bce + found.sums.kld), "the test loss")
         times = {"test_seconds": round(time.perf_counter() - start, 3)}
-        test = (
-            self._row("test", epoch, found.sums)
-            | {"kld_per_dim": found.kld_per_dim, "active_units": found.active_units}
-            | times
-        )
+        posterior = {"kld_per_dim": found.kld_per_dim, "active_units": found.active_units}
+        test = self._row("test", epoch, found.sums) | posterior | times
         on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test, found))
         self.progress.epoch_sums = self.progress.window_sums = Sums()
         self.save()
+        if self._callbacks:
+            enough = [callback.on_epoch(epoch, train, test, self.result) is True for callback in self._callbacks]
+            mine = torch.tensor([float(any(enough))], dtype=torch.float64, device=self.accelerator.device)
+            self._is_enough = sum_over_ranks(self.accelerator, mine) > [0.0]
 
     def _record_epoch(self, epoch: int, train: Row, test: Row, found: Evaluation) -> None:
         """Rank zero only."""
@@ -236,7 +252,8 @@ class Trainer:
         for name, picture in pictures.of_epoch(self.result, images, self.config.seed).items():
             pictures.save_png(self.run.images / f"{name}_{epoch}.png", picture)
         self.tracker.log(train, test, closeup=lambda: closeup(self.result, self.test, found.mean_counts, found.worst))
-        note = remark(self.config, test["loss"], self.model.image_shape)
+        is_binary = self.config.data.binarize != "none"
+        note = remark(self.model.likelihood, is_binary, test["loss"], self.model.image_shape)
         print(
             f"epoch {epoch}/{self.config.trainer.epochs}: "
             f"train {train['loss']:.4f}, test {test['loss']:.4f} nats per image{note} "

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from vae_dist.config import Config, InputError
 from vae_dist.distributed import EXIT_FAILED, run_entry_point
-from vae_dist.options import differences, parse
+from vae_dist.options import differences, parse, program
 from vae_dist.run import RunFolder
 
-_USAGE = """usage: python -m vae_dist.verify CONFIG [options of vae_dist.train that leave the result alone, such as
+_USAGE = """ CONFIG [options of vae_dist.train that leave the result alone, such as
 --output DIR, --data.root DIR, --seed N, --tracking.wandb disabled]
 
 Trains the recipe CONFIG, evaluates it on the test images, and says whether the result lies in the band of its `expect` section.
@@ -25,10 +25,10 @@ Exit status 0 inside, 1 outside. A run that was interrupted goes on."""
 def main(args: Sequence[str] | None = None) -> int:
     recipe, *options = (sys.argv[1:] if args is None else args) or [""]
     if recipe in ("-h", "--help"):
-        print(_USAGE)
+        print(f"usage: {program('vae_dist.verify')}{_USAGE}")
         return 0
     if not recipe or recipe.startswith("-"):
-        raise InputError(f"vae_dist.verify {recipe}: name the recipe first, such as configs/glyphs.yaml")
+        raise InputError(f"vae_dist.verify {recipe}: name the recipe first, such as glyphs")
     config = parse(["--config", recipe, *options])
     check_options(parse(["--config", recipe]), config, recipe)
     _run("vae_dist.train", "--config", recipe, *options)

@@ -56,7 +56,8 @@ class Config:
             wanted = f"at least {shard} in deterministic mode, which takes 1/{DETERMINISTIC_SHARDS} of the batch at once"
             require(False, "--trainer.micro_batch_size", micro, wanted)
         binarize, wanted = self.data.binarize, "none: only --model.likelihood bernoulli is one of black and white pixels"
-        require(binarize == "none" or self.model.likelihood == "bernoulli", "--data.binarize", binarize, wanted)
+        is_binary = self.model.likelihood in ("bernoulli", "own")
+        require(binarize == "none" or is_binary, "--data.binarize", binarize, wanted)
 
 
 def deterministic_rows(batch_size: int) -> int:

@@ -11,11 +11,22 @@ class DataConfig:
     """Images and batches."""
 
     name: Literal[
-        "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "celeba", "folder", "packed", "stream", "glyphs", "glyphs64"
+        "mnist",
+        "fashion_mnist",
+        "kmnist",
+        "emnist",
+        "cifar10",
+        "celeba",
+        "folder",
+        "packed",
+        "stream",
+        "glyphs",
+        "glyphs64",
+        "own",
     ] = "mnist"
     """Data set. `glyphs` (grey) and `glyphs64` (colour) are embedded; `folder` is any folder of JPEG, PNG and WebP pictures,
-    `packed` one that `python -m vae_dist.pack` wrote, `stream` the same in a bucket. The others are read from `root`, or
-    downloaded to it where they are missing, but for celeba."""
+    `packed` one that `vae-dist pack` wrote, `stream` the same in a bucket. `own` are images that a Python program hands to
+    vae_dist.fit. The others are read from `root`, or downloaded to it where they are missing, but for celeba."""
     root: str = "data"
     """Folder of the data sets: torchvision's layout, or the raw files themselves (.gz or not); of `folder` and `packed`, that
     very folder; of `stream`, s3://bucket/prefix, or a folder on a slow disk."""

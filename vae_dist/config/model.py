@@ -21,8 +21,9 @@ _FIELDS_OF_KINDS = {
 class ModelConfig:
     """The network."""
 
-    kind: Literal["mlp", "conv", "resnet"] = "mlp"
-    """Architecture of encoder and decoder: fully connected, strided convolutions, or residual blocks with GroupNorm."""
+    kind: Literal["mlp", "conv", "resnet", "own"] = "mlp"
+    """Architecture of encoder and decoder: fully connected, strided convolutions, or residual blocks with GroupNorm. `own` are
+    the modules that a Python program hands to vae_dist.fit."""
     hidden: tuple[int, ...] = (400,)
     """Of mlp: widths of the encoder's hidden layers; the decoder has them in reverse."""
     latent_dim: int = 20
@@ -44,8 +45,9 @@ class ModelConfig:
     output_bias: Literal["random", "data"] = "random"
     """Start of the decoder's last bias: as the others, or the log-odds of the training images' mean: by pixel in mlp, else
     by channel."""
-    likelihood: Literal["bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic"] = "bernoulli"
-    """p(x|z) of a pixel value. bernoulli is a log-likelihood only of images that `data.binarize` made black and white."""
+    likelihood: Literal["bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic", "own"] = "bernoulli"
+    """p(x|z) of a pixel value. bernoulli is a log-likelihood only of images that `data.binarize` made black and white. `own` is
+    that of kind own."""
     sigma: float | Literal["learned", "optimal"] = "learned"
     """Standard deviation of the gaussian, black being 0 and white 1: a number, learned, or each image's own best."""
     mixtures: int = 1
@@ -63,6 +65,8 @@ class ModelConfig:
             value, default = getattr(self, name), getattr(ModelConfig, name)
             wanted = f"left out: it is for --model.kind {' and '.join(kinds)} alone"
             require(value == default or self.kind in kinds, f"--model.{name}", value, wanted)
+        is_own, wanted = self.likelihood == "own", "own with --model.kind own, and only there"
+        require(is_own == (self.kind == "own"), "--model.likelihood", self.likelihood, wanted)
         is_number = not isinstance(self.sigma, str)
         wanted = "a positive number, learned or optimal"
         require(not is_number or 0 < float(self.sigma) < float("inf"), "--model.sigma", self.sigma, wanted)

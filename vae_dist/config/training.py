@@ -118,7 +118,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class ExpectConfig:
-    """What a recipe promises: `python -m vae_dist.verify FILE` holds it to that."""
+    """What a recipe promises: `vae-dist verify FILE` holds it to that."""
 
     figure: Literal["loss", "nll"] = "loss"
     """Of the test images, in nats: the negative ELBO, or -log p(x) by importance sampling."""

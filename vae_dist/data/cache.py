@@ -13,7 +13,7 @@ from vae_dist.data import folder, packed, packing
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEPT_SECONDS = 30 * 24 * 3600  # without a start that used it
-_WAY_OUT = "; set XDG_CACHE_HOME to a folder with room; a training can also have --data.name packed, of python -m vae_dist.pack"
+_WAY_OUT = "; set XDG_CACHE_HOME to a folder with room; a training can also have --data.name packed, of vae-dist pack"
 
 
 @cache  # a process has training and test images of one moment, and looks through a folder of millions once

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from vae_dist.checkpoint import write_atomically
 from vae_dist.config import InputError
 from vae_dist.data.images import HostImages
+from vae_dist.progress import no_bar
 
 Mapped: TypeAlias = "np.ndarray[Any, Any]"  # images, (n,) of void
 Numbers: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
@@ -34,7 +35,7 @@ FORMAT = 1
 INDEX = "index.json"
 SHARD_BYTES = 32 << 20
 _SECTION = "vae_dist"
-_REMEDY = "copy it again, or pack the pictures anew with python -m vae_dist.pack"
+_REMEDY = "copy it again, or pack the pictures anew with vae-dist pack"
 _SPARE_FILES = 256  # that may be opened later on
 _NAME = re.compile(r"[\w.-]+\.bin")  # of a shard; none leads out of the folder
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # it becomes a file's name where shards are kept
@@ -121,11 +122,11 @@ def read_index(folder: Path) -> Index:
         index, images = Index((channels, height, width), shards, dict(ours["source"])), ours["images"]
         is_sound = content["updated_at"] == _digest(index) and _is_sound(index, images)
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; name a folder that python -m vae_dist.pack wrote to its end") from None
+        raise InputError(f"{file}: {error.strerror}; name a folder that vae-dist pack wrote to its end") from None
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise InputError(f"{file}: not an index that python -m vae_dist.pack wrote; {_REMEDY}") from None
+        raise InputError(f"{file}: not an index that vae-dist pack wrote; {_REMEDY}") from None
     if not is_sound:
         raise InputError(f"{file}: damaged: its figures contradict each other; {_REMEDY}")
     return index
@@ -146,7 +147,7 @@ def _digest(index: Index) -> str:
 
 def verify(folder: Path, index: Index) -> None:
     """Reads all shards. Raises InputError, naming the first that is not what was written."""
-    for shard in tqdm(index.shards, desc=f"verifying {folder}", unit="file", leave=False, disable=None):
+    for shard in tqdm(index.shards, desc=f"verifying {folder}", unit="file", leave=False, disable=no_bar()):
         require_size(folder, shard)
         if sha256_of(folder / shard.filename) != shard.sha256:
             raise InputError(f"{folder / shard.filename}: damaged: its SHA-256 is not the one in {INDEX}; {_REMEDY}")

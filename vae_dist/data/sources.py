@@ -37,6 +37,7 @@ _IDX_SETS = {
     "emnist": _IdxSet("EMNIST", "emnist-digits-train", "emnist-digits-test", transposed=True),
 }
 _EMBEDDED = {"glyphs": glyphs, "glyphs64": colour_glyphs}
+_READ_AS_THEY_ARE = (*_EMBEDDED, "packed", "stream", "own")  # nothing is fetched first
 _CIFAR_FOLDER = "cifar-10-batches-py"
 _SHAPES = dict.fromkeys((*_IDX_SETS, "glyphs"), (1, 28, 28)) | {"cifar10": (3, 32, 32), "glyphs64": (3, 64, 64)}
 
@@ -54,6 +55,11 @@ def load(config: DataConfig, train: bool, home: Path | None = None) -> Images:
         return Packed((home or Path(config.root)) / ("train" if train else "test"))
     if config.name == "stream":
         return Streamed(config, "train" if train else "test")
+    if config.name == "own":
+        raise InputError(
+            "--data.name own: these images are a program's own, and not in any file that this command knows; in Python "
+            "vae_dist.fit(config, train, test) takes them, and vae_dist.measure(model, images)"
+        )
     if config.name == "cifar10":
         return _load_cifar10(Path(config.root), train)
     return _load_idx(_IDX_SETS[config.name], Path(config.root), train)
@@ -83,7 +89,7 @@ def to_be_fetched(config: DataConfig) -> str:
     root = Path(config.root)
     if config.name in ("folder", "celeba"):
         return cache.to_be_decoded(config)
-    if config.name in (*_EMBEDDED, "packed", "stream") or not (missing := _missing(config.name, root)):
+    if config.name in _READ_AS_THEY_ARE or not (missing := _missing(config.name, root)):
         return ""
     if not _any_answers(_mirrors(config.name)):
         raise InputError(_way_out(config, missing, "no server answers; is there a network?"))
@@ -99,7 +105,7 @@ def fetch_missing(config: DataConfig) -> Path | None:
     if config.name in ("folder", "celeba"):
         return cache.prepare(config)
     root = Path(config.root)
-    if config.name in (*_EMBEDDED, "packed", "stream") or not (missing := _missing(config.name, root)):
+    if config.name in _READ_AS_THEY_ARE or not (missing := _missing(config.name, root)):
         return None
     try:
         if not _any_answers(_mirrors(config.name)):

@@ -25,6 +25,8 @@ from vae_dist.options import parse
 from vae_dist.run import RunFolder
 from vae_dist.wandb_server import ask_wandb, wandb_mode
 
+_DESCRIPTION = """Look whether all is there that a training with these options needs, on every rank, and say what to do about
+each fault. Start it as the training would be started. Status 0: no fault, 1: a fault, 2: wrong options."""
 _MOST_PATIENCE = 120.0  # seconds for an answer
 _APPEARS_SECONDS = 5.0  # until a new file must be seen everywhere: network file systems may take a while
 _AT_ONCE_SECONDS = 0.1
@@ -34,7 +36,7 @@ _WANDB_SECONDS = 8.0
 
 
 def main(args: list[str] | None = None) -> int:
-    config = parse(sys.argv[1:] if args is None else args)
+    config = parse(sys.argv[1:] if args is None else args, "vae_dist.doctor", _DESCRIPTION)
     try:
         meeting = Meeting(min(_MOST_PATIENCE, 60 * config.trainer.timeout_minutes))
     except Abandoned as fault:

@@ -109,7 +109,7 @@ def options(job: Job) -> Finding:
     def build() -> None:
         shape = sources.known_shape(job.config.data)
         with torch.device("meta"):
-            job.model = VAE(job.config.model, shape) if shape else None
+            job.model = VAE.from_config(job.config.model, shape) if shape else None
 
     job.meeting.ask(build)
     model = f"a model of {job.parameters:,} parameters" if job.model else "a model for images of a size that is not known yet"

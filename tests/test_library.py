@@ -1,0 +1,272 @@
+"""Training from Python: images, modules, a likelihood and callbacks of one's own, and the guarantees of the command."""
+
+import dataclasses
+import doctest
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+import vae_dist
+from tests.helpers import ROOT, Outcome, launch, records, refused, resident
+from tests.own_program import Dataset, Laplace, Listener, build, settings
+from vae_dist import VAE, Config, DataConfig, InputError, ModelConfig, TrackingConfig, TrainerConfig
+from vae_dist.data import glyphs
+from vae_dist.data.own import own_images
+
+IMAGES = glyphs.draw(0, 120)[0]
+TRAIN, TEST = IMAGES[:90], IMAGES[90:]
+
+
+def small(output: Path, epochs: int = 2, **changes: Any) -> Config:
+    quiet = TrackingConfig(wandb="disabled", log_every=2)
+    data, trainer = DataConfig(batch_size=30), TrainerConfig(epochs=epochs)
+    return Config(output=str(output), data=data, trainer=trainer, tracking=quiet, **changes)
+
+
+def test_a_run_from_python_is_the_commands_to_the_byte(
+    small_root: Path, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    options = ["--data.root", small_root, "--trainer.epochs", 2, "--model.hidden", 40, "--tracking.wandb", "disabled"]
+    assert command("train", *options, "--output", tmp_path / "command").status == 0
+    data = DataConfig(root=str(small_root))
+    config = dataclasses.replace(small(tmp_path / "python", model=ModelConfig(hidden=(40,))), data=data)
+    config = dataclasses.replace(config, tracking=TrackingConfig(wandb="disabled"))
+    result = vae_dist.fit(config, resident(data, train=True).pixels, resident(data, train=False).pixels)
+    assert result.status == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("command", "python")]
+    assert weights[0] == weights[1]
+    assert records(tmp_path / "command") == records(tmp_path / "python")
+    assert result.test["loss"] == records(tmp_path / "python")[-1]["loss"]
+    by_set = dataclasses.replace(config, output=str(tmp_path / "set"))
+    assert vae_dist.fit(by_set).test["loss"] == result.test["loss"]
+
+
+def test_own_parts_give_the_same_bytes_at_one_and_at_two_processes(tmp_path: Path) -> None:
+    said = []
+    for processes in (1, 2):
+        done = launch("tests.own_program", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+        said += [line for line in done.stdout.splitlines() if line.startswith("loss")]
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("1", "2"))
+    assert one == two
+    assert len(said) == 3
+    assert len(set(said)) == 1
+    assert said[0].endswith("of 100")
+
+
+def test_a_second_call_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> None:
+    first = vae_dist.fit(small(tmp_path), TRAIN, TEST)
+    listener = Listener()
+    again = vae_dist.fit(small(tmp_path), TRAIN, TEST, callbacks=[listener])
+    assert (again.status, again.test, listener.rows) == (0, first.test, [])
+    assert torch.equal(again.model.sample(2), first.model.sample(2))
+    more = vae_dist.fit(small(tmp_path, epochs=3), TRAIN, TEST)
+    assert more.test["epoch"] == 3
+    with pytest.raises(InputError, match="trained on other images"):
+        vae_dist.fit(small(tmp_path, epochs=4), TRAIN.flip(0), TEST)
+
+
+def test_callbacks_hear_of_rows_and_epochs_and_may_end_the_training(tmp_path: Path) -> None:
+    listener = Listener(enough=2)
+    result = vae_dist.fit(settings(tmp_path, epochs=4), Dataset(0, 190), Dataset(190, 290), build, [listener])
+    assert listener.epochs == [1, 2]
+    assert [row["step"] for row in listener.rows] == [2, 4, 8, 10]
+    assert (result.status, result.test["epoch"]) == (0, 2)
+    assert (tmp_path / "model.safetensors").is_file()
+    again = vae_dist.fit(settings(tmp_path, epochs=4), Dataset(0, 190), Dataset(190, 290), build, [listener])
+    assert (again.test, listener.epochs) == (result.test, [1, 2]), "it was enough"
+    vae_dist.fit(settings(tmp_path, epochs=5), Dataset(0, 190), Dataset(190, 290), build, [listener])
+    assert listener.epochs == [1, 2, 3, 4, 5], "more was asked for"
+
+
+def test_a_callback_that_fails_loses_nothing(tmp_path: Path) -> None:
+    class Fails(vae_dist.Callback):
+        def on_epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any], model: VAE) -> None:
+            raise KeyError("a mistake of the caller")
+
+    vae_dist.fit(small(tmp_path / "whole"), TRAIN, TEST)
+    with pytest.raises(KeyError):
+        vae_dist.fit(small(tmp_path / "run"), TRAIN, TEST, callbacks=[Fails()])
+    assert vae_dist.fit(small(tmp_path / "run"), TRAIN, TEST).status == 0
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_training_that_is_told_to_stop_says_75_and_goes_on_when_called_again(tmp_path: Path) -> None:
+    class Signal(vae_dist.Callback):
+        def on_row(self, row: dict[str, Any]) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert vae_dist.fit(small(tmp_path), TRAIN, TEST, callbacks=[Signal()]).status == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert vae_dist.fit(small(tmp_path), TRAIN, TEST).status == 0
+
+
+def test_the_process_is_afterwards_as_it_was(tmp_path: Path) -> None:
+    mine = Accelerator(cpu=True)
+    threads = torch.get_num_threads()
+    for precision, deterministic in (("bf16", False), ("fp32", True)):
+        trainer = TrainerConfig(epochs=1, precision=precision, deterministic=deterministic)  # type: ignore[arg-type]
+        vae_dist.fit(dataclasses.replace(small(tmp_path / precision), trainer=trainer), TRAIN, TEST)
+        assert torch.get_num_threads() == threads
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert mine.mixed_precision == "no"
+        assert mine.reduce(torch.ones(1)).item() == 1
+
+
+def test_own_modules_are_loaded_with_the_function_that_built_them(tmp_path: Path, command: Callable[..., Outcome]) -> None:
+    result = vae_dist.fit(settings(tmp_path, epochs=1), Dataset(0, 190), Dataset(190, 290), build)
+    model = vae_dist.load(tmp_path, build)
+    assert isinstance(model.likelihood, Laplace)
+    assert torch.equal(model.sample(3), result.model.sample(3))
+    with pytest.raises(InputError, match=r"vae_dist\.load\(run, build\)"):
+        vae_dist.load(tmp_path)
+    refused(command("evaluate", tmp_path), "--model.kind own", "vae_dist.load(run, build)")
+    found = vae_dist.measure(model, Dataset(190, 290), iw_samples=5)
+    assert found["loss"] == pytest.approx(result.test["loss"], rel=1e-12)
+    assert found["is_log_likelihood"], "a Laplace density"
+    assert found["nll"] < found["loss"]
+
+
+def test_what_is_measured_is_what_evaluate_finds(trained: Path, small_root: Path, command: Callable[..., Outcome]) -> None:
+    outcome = command("evaluate", trained)
+    images = resident(DataConfig(root=str(small_root)), train=False).pixels
+    assert f"test loss {vae_dist.measure(vae_dist.load(trained), images)['loss']:.4f} " in outcome.out
+    assert vae_dist.measure(vae_dist.load(trained), (images > 127).to(torch.uint8) * 255)["is_log_likelihood"]
+
+
+def with_encoder(*modules: nn.Module) -> Callable[[], VAE]:
+    def build() -> VAE:
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), *modules)
+        decoder = nn.Sequential(nn.Linear(4, 784), nn.Unflatten(1, (1, 28, 28)))
+        return VAE(encoder, decoder, latent_dim=4, image_shape=(1, 28, 28))
+
+    return build
+
+
+class Idle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class OverBatch(nn.Module):
+    """Takes the batch's mean away, without a buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (with_encoder(nn.BatchNorm1d(8)), "BatchNorm"),
+        (with_encoder(nn.BatchNorm1d(8, track_running_stats=False)), "GroupNorm"),
+        (with_encoder(OverBatch()), "GroupNorm"),
+        (with_encoder(nn.Dropout(0.5)), "Dropout"),
+        (with_encoder(Idle()), "encoder.2.spare.weight"),
+        (with_encoder(nn.Linear(8, 4)), r"must give \(3, 8\)"),
+        (with_encoder(nn.Linear(8, 8).double()), "torch.float32"),
+        (lambda: VAE(nn.Identity(), nn.Identity(), 2, (1, 5, 5)), r"\(1, 5, 5\)"),
+        (lambda: nn.Linear(1, 1), "must build a vae_dist.VAE"),
+        (build(), "must be a function"),
+    ],
+)
+def test_modules_that_would_break_the_promises_are_refused_before_any_step(build: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=told):
+        vae_dist.fit(small(tmp_path / "run"), TRAIN, TEST, build)
+
+
+def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"leave config\.model out"):
+        vae_dist.fit(small(tmp_path, model=ModelConfig(hidden=(7,))), TRAIN, TEST, build)
+
+
+@pytest.mark.parametrize("name", ["own", "glyphs"])
+def test_the_command_has_no_modules_or_images_of_ones_own(name: str, command: Callable[..., Outcome], tmp_path: Path) -> None:
+    options = ["--data.name", name, "--model.kind", "own", "--model.likelihood", "own", "--output", tmp_path]
+    refused(command("train", *options), "vae_dist.fit")
+
+
+class Items:
+    """A Dataset of whatever items."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.items[i]
+
+
+COLOURS = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        COLOURS,
+        COLOURS / 255,
+        COLOURS.double() / 255,
+        Items(*COLOURS),
+        Items(*[(image / 255, 7) for image in COLOURS]),
+        Items(*[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in COLOURS]),
+        Items(*[(image.permute(1, 2, 0).numpy(), np.int64(7)) for image in COLOURS]),
+    ],
+)
+def test_tensors_and_items_become_the_same_images(given: Any) -> None:
+    images = own_images(given, "train")
+    assert torch.equal(images.rows(torch.arange(2)), COLOURS)
+    labels = getattr(images, "labels", None)
+    assert labels is None or labels.tolist() == [7, 7]
+
+
+def test_grey_images_may_lack_the_channel() -> None:
+    assert own_images(COLOURS[:, 0], "train").shape == (1, 4, 5)
+    assert own_images(Items(*COLOURS[:, 0]), "train").shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (COLOURS.float(), "train: must be uint8, or floats in .* from 0 to 119"),
+        (COLOURS / 255 - 0.5, "Leave out what normalises it"),
+        (COLOURS.long(), "must be uint8"),
+        (torch.full((1, 2, 2), torch.nan), "must be uint8"),
+        (torch.zeros(0, 1, 2, 2), r"\(0, 1, 2, 2\)"),
+        (torch.zeros(2, 2), r"\(2, 2\)"),
+        (Items(), "with a length"),
+        (iter([COLOURS]), "with a length"),
+        (Items(COLOURS[0], COLOURS[0, :, :2]), "of one shape"),
+        (Items("a.png"), r"train\[0\]: must be an image"),
+    ],
+)
+def test_what_is_no_set_of_images_is_refused(given: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        own_images(given, "train")
+
+
+def test_the_examples_of_the_documentation_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "library.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert (failed, tried > 30) == (0, True)
+
+
+def test_one_side_alone_is_not_enough(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="both train and test"):
+        vae_dist.fit(small(tmp_path), TRAIN)

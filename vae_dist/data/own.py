@@ -1,0 +1,78 @@
+"""Images that a program of one's own hands over: tensors, or the items of a Dataset."""
+
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vae_dist.config import InputError
+from vae_dist.data.images import Images, Resident
+
+
+class Dataset(Protocol):
+    """A map-style data set, as torch and torchvision have them: its items are images, or tuples that begin with one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+OwnImages: TypeAlias = Tensor | Images | Dataset
+
+
+def own_images(given: OwnImages, name: str) -> Images:
+    """Images as training takes them; `name` is what errors call them.
+
+    A tensor is (n, channels, height, width), or (n, height, width) of grey ones: uint8, or floats in [0, 1], which are rounded
+    to 256 grey levels, as the picture files are that they mostly come from. A Dataset is read once, by each process, into
+    memory; its items are such tensors of one image, Pillow's images, or tuples of one of these and a label. Images stay as
+    they are.
+    Raises InputError where they are something else.
+    """
+    if isinstance(given, Images):
+        return given
+    if isinstance(given, Tensor):
+        return Resident(_pixels(given, name, dimensions=4))
+    if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")) or len(given) == 0:
+        raise InputError(f"{name}: must be a tensor of images, or a data set with a length, not {type(given).__name__}")
+    items = [_item(given[i], f"{name}[{i}]") for i in range(len(given))]
+    shapes = {tuple(pixels.shape) for pixels, _ in items}
+    if len(shapes) > 1:
+        raise InputError(f"{name}: images of one shape are needed, but there are {sorted(shapes)}")
+    labels = [label for _, label in items]
+    known = torch.tensor(labels) if all(isinstance(label, int) for label in labels) else None
+    return Resident(torch.stack([pixels for pixels, _ in items]), known)
+
+
+def is_black_and_white(images: Images) -> bool:
+    """Whether every pixel of every image is black or white."""
+    return all(bool(((block == 0) | (block == 255)).all()) for block in images.blocks())
+
+
+def _item(item: Any, name: str) -> tuple[Tensor, Any]:
+    image, *rest = item if isinstance(item, (tuple, list)) else (item,)
+    if not isinstance(image, Tensor):
+        array = np.array(image)  # of Pillow's images (height, width) or (height, width, channels)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            raise InputError(f"{name}: must be an image or a tensor, not {type(image).__name__}")
+        image = torch.from_numpy(array if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+    label = rest[0] if rest else None
+    return _pixels(image, name, dimensions=3), label.item() if isinstance(label, (Tensor, np.generic)) else label
+
+
+def _pixels(images: Tensor, name: str, dimensions: int) -> Tensor:
+    """uint8 with channels, whatever it was."""
+    if images.ndim == dimensions - 1:
+        images = images.unsqueeze(-3)
+    if images.ndim != dimensions or 0 in images.shape:
+        raise InputError(f"{name}: must be (n, channels, height, width) or (n, height, width), but is {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images.contiguous()
+    low, high = images.min().item(), images.max().item()
+    if not images.is_floating_point() or not (low >= 0 and high <= 1):
+        raise InputError(
+            f"{name}: must be uint8, or floats in [0, 1]; it is {images.dtype} from {low:g} to {high:g}. "
+            "Leave out what normalises it"
+        )
+    return images.mul(255).round().to(torch.uint8).contiguous()
