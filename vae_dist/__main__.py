@@ -23,6 +23,7 @@ COMMANDS = {
         "generate": "samples, reconstructions, traversals and interpolations as PNG",
         "report": "one page about a run, or about several side by side",
         "explore": "a page to play with: sliders, a drawing pad, interpolation",
+        "dashboard": "save the W&B dashboard of all runs to a project",
     },
     "Give it to others": {
         "export": "encoder and decoder as ONNX files",
