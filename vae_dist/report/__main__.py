@@ -89,7 +89,7 @@ def subject(run: Facts, root: str | None, accelerator: Accelerator) -> Subject:
         images = load_images(data, accelerator, train=False, shape=shape)
         if run.starts and (trained := run.starts[-1]["data"]["test"]["sha256"]) != images.digest():
             raise InputError(f"the test images in --data.root {data.root} are others than the run's, of SHA-256 {trained}")
-        return Subject(run, shape, look(model.to(accelerator.device), images, run.config.seed), "")
+        return Subject(run, shape, look(model.to(accelerator.device), images, run.config.seed, accelerator), "")
     except InputError as error:
         print(f"{run.path}: no latent map, no worst reconstructions: {error}", flush=True)
         return Subject(run, shape, None, str(error))

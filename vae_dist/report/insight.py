@@ -3,22 +3,22 @@
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
 
 from vae_dist.data import as_images, rows_at_once
-from vae_dist.data.images import Images, Resident
-from vae_dist.model import VAE, Output, reparameterize
-from vae_dist.noise import Stream, derive_key, normal
-from vae_dist.objective import negative_elbo
-from vae_dist.pictures import grid, traversals
+from vae_dist.data.images import Images
+from vae_dist.evaluate import ImageLoss, evaluate
+from vae_dist.model import VAE
+from vae_dist.pictures import grid, reconstructed, traversals
 
 _MOST_IMAGES = 5000  # looked at: a map of more is no clearer, and slow to draw
 _MOST_ROWS = 500  # of a forward pass
-_WORST = 12
 _THUMBNAIL = 28  # pixels a side, at most
 SHEET_COLUMNS = 50  # of thumbnails
 
@@ -32,13 +32,13 @@ class Worst(NamedTuple):
 
 
 class Insight(NamedTuple):
-    """Of the first images of the test set."""
+    """Of the test set."""
 
-    n: int
+    n: int  # of its first images, which are on the map
     of: int  # images in the test set
     maps: dict[str, Tensor]  # float64 (n, 2): places of the images' posterior means, by how they were made
     explained: list[float]  # shares of the variance that PCA's two axes have
-    labels: list[int] | None
+    labels: list[int] | None  # of all images
     thumbnails: Tensor  # uint8 (height, width, channels): the images as a grid, `SHEET_COLUMNS` in a row
     side: tuple[int, int]  # height and width of a thumbnail
     worst: list[Worst]
@@ -46,30 +46,25 @@ class Insight(NamedTuple):
 
 
 @torch.no_grad()
-def look(model: VAE, images: Images, seed: int) -> Insight:
-    """Looks at the first 5,000 images, which come to the device of the model. The losses are those of `evaluate`."""
+def look(model: VAE, images: Images, seed: int, accelerator: Accelerator) -> Insight:
+    """Looks at the images, which come to the device of the model; the map has the first 5,000."""
     n = min(_MOST_IMAGES, len(images))
-    key, means, losses, thumbnails = derive_key(seed, Stream.EVALUATION), [], [], []
+    means, thumbnails = [], []
     for numbers in torch.split(torch.arange(n, device=images.device), rows_at_once(images.shape, _MOST_ROWS)):
         batch = as_images(images.rows(numbers))
-        posterior = model.encode(batch)
-        latents = reparameterize(posterior, normal(key, numbers, model.latent_dim))
-        terms = negative_elbo(Output(model.decoder(latents), *posterior, latents), batch, model.likelihood)
-        means.append(posterior.mean.cpu().double())
-        losses.append(terms.loss.cpu().double())
+        means.append(model.encode(batch).mean.cpu().double())
         thumbnails.append(_shrunk(batch).cpu())
     places, explained = principal_axes(torch.cat(means))
     small = torch.cat(thumbnails)
-    labels = images.labels[:n].tolist() if isinstance(images, Resident) and images.labels is not None else None
     return Insight(
         n=n,
         of=len(images),
         maps={"PCA": places} | _umap(torch.cat(means)),
         explained=explained,
-        labels=labels,
+        labels=None if images.labels is None else images.labels.tolist(),
         thumbnails=grid(small, SHEET_COLUMNS),
         side=(small.shape[2], small.shape[3]),
-        worst=_worst(model, images, torch.cat(losses)),
+        worst=_worst(model, images, evaluate(model, images, seed, accelerator).worst),
         traversal=traversals(model, as_images(images.rows(torch.zeros(1, dtype=torch.int64, device=images.device)))),
     )
 
@@ -106,12 +101,8 @@ def _shrunk(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images, (height, width))
 
 
-def _worst(model: VAE, images: Images, losses: Tensor) -> list[Worst]:
+def _worst(model: VAE, images: Images, found: Sequence[ImageLoss]) -> list[Worst]:
     """The images of largest loss, and what the model makes of their posterior means."""
-    found, numbers = losses.topk(min(_WORST, len(losses)))
-    originals = as_images(images.rows(numbers.to(images.device)))
-    pairs = torch.stack([originals, model.decode(model.encode(originals).mean)], dim=1)
-    return [
-        Worst(number, loss, grid(pair, columns=2))
-        for number, loss, pair in zip(numbers.tolist(), found.tolist(), pairs, strict=True)
-    ]
+    originals = as_images(images.rows(torch.tensor([number for number, _ in found], device=images.device)))
+    pairs = torch.stack([originals, reconstructed(model, originals)], dim=1)
+    return [Worst(number, loss, grid(pair, columns=2)) for (number, loss), pair in zip(found, pairs, strict=True)]

@@ -214,9 +214,7 @@ def worst(subject: Subject) -> Html:
     insight = subject.insight
     if insight is None:
         return note(f"None: {subject.missing}")
-    words = (
-        f"Of the first {insight.n:,} test images those of largest loss; beside each, what is decoded from its posterior mean."
-    )
+    words = f"Of all {insight.of:,} test images those of largest loss; beside each, what is decoded from its posterior mean."
     return joined([note(words), element("div", *(_bad(each, insight) for each in insight.worst), class_="row worst")])
 
 
