@@ -3,6 +3,7 @@
 python -m vae_dist.export runs/mnist
 """
 
+import copy
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -35,7 +36,6 @@ class Options:
 
 def main(args: list[str] | None = None) -> int:
     options = command_line(Options, "vae_dist.export", sys.argv[1:] if args is None else args)
-    require_packages()
     model, _ = load_model(options.run)
     run = options.run.parent.parent if is_checkpoint(options.run) else options.run  # checkpoints are sealed
     for file, difference in to_onnx(model, options.out or run / "onnx").items():
@@ -55,9 +55,11 @@ def to_onnx(model: VAE, folder: str | Path) -> dict[Path, float]:
     encoder.onnx: `images` in [0, 1], (batch, *image_shape) -> `mean` and `logvar` of the posterior, (batch, latent_dim);
     decoder.onnx: `latents`, (batch, latent_dim) -> `images`, their mean E[x|z] in [0, 1], (batch, *image_shape).
 
-    `model` lies on the CPU, in eval mode. Returns how far ONNX Runtime is from it, relative to the largest output, by file.
-    Raises InputError where it is not near; no file is written then.
+    It is of the model in eval mode, which stays as and where it is. Returns how far ONNX Runtime is from it, relative to the
+    largest output, by file. Raises InputError where it is not near, and no file is written then, or the extra is missing.
     """
+    require_packages()
+    model = copy.deepcopy(model).cpu().eval()
     images, latents = torch.rand(_TRIED, *model.image_shape), torch.randn(_TRIED, model.latent_dim)
     parts: dict[str, tuple[nn.Module, Tensor, list[str]]] = {
         "encoder": (_Encoder(model), images, ["images", "mean", "logvar"]),

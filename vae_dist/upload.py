@@ -128,7 +128,7 @@ def card(options: Options, config: Config, model: VAE, test: Row, evaluation: di
         _figures(config, model, test, evaluation),
         *(f"![{words}]({file}.png)\n\n{words}." for file, words in _PICTURES.items() if (folder / f"{file}.png").is_file()),
         "## Use",
-        _use(config, options.repo or "USER/NAME"),
+        _use(options.repo or "USER/NAME"),
         "## Training",
         f"{test['epoch']} epochs, {test['step']:,} optimizer steps, {test['images_seen']:,} images seen; "
         f"{config.data.batch_size} images a step, {config.optimizer.kind} at {config.optimizer.lr:g}, "
@@ -158,18 +158,16 @@ def _figures(config: Config, model: VAE, test: Row, evaluation: dict[str, Any]) 
     return head + "\n".join(f"| {what} | {figure} |" for what, figure in rows)
 
 
-def _use(config: Config, repo: str) -> str:
-    loading = 'vae_dist.load(snapshot_download("{}"){})'.format(repo, ", build" if config.model.kind == "own" else "")
-    own = "\n`build` is the function that builds the program's own modules." if config.model.kind == "own" else ""
+def _use(repo: str) -> str:
     return f"""```python
 import vae_dist
 from huggingface_hub import snapshot_download
 
-model = {loading}  # a torch.nn.Module
+model = vae_dist.load(snapshot_download("{repo}"))  # a torch.nn.Module
 images = model.sample(16, seed=0)  # in [0, 1]
 posterior = model.encode(images)  # .mean and .logvar
 again = model.decode(posterior.mean)
-```{own}"""
+```"""
 
 
 if __name__ == "__main__":
