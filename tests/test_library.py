@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import vae_dist
 from tests.helpers import ROOT, Outcome, launch, records, refused, resident
 from tests.own_program import Dataset, Laplace, Listener, build, settings
-from vae_dist import VAE, Config, DataConfig, InputError, ModelConfig, TrackingConfig, TrainerConfig
+from vae_dist import VAE, Config, DataConfig, InputError, ModelConfig, OptimizerConfig, TrackingConfig, TrainerConfig
 from vae_dist.data import glyphs
 from vae_dist.data.own import own_images
+from vae_dist.model import seeded
 
 IMAGES = glyphs.draw(0, 120)[0]
 TRAIN, TEST = IMAGES[:90], IMAGES[90:]
@@ -77,7 +78,7 @@ def test_a_second_call_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> 
 
 
 def test_callbacks_hear_of_rows_and_epochs_and_may_end_the_training(tmp_path: Path) -> None:
-    listener = Listener(enough=2)
+    listener = Listener(enough=np.float64(2))  # answers with numpy's bool
     result = vae_dist.fit(settings(tmp_path, epochs=4), Dataset(0, 190), Dataset(190, 290), build, [listener])
     assert listener.epochs == [1, 2]
     assert [row["step"] for row in listener.rows] == [2, 4, 8, 10]
@@ -131,6 +132,10 @@ def test_own_modules_are_loaded_with_the_function_that_built_them(tmp_path: Path
     assert torch.equal(model.sample(3), result.model.sample(3))
     with pytest.raises(InputError, match=r"vae_dist\.load\(run, build\)"):
         vae_dist.load(tmp_path)
+    with pytest.raises(InputError, match="must be a function"):
+        vae_dist.load(tmp_path, model)
+    with pytest.raises(InputError, match=r"of images of \(1, 28, 28\), but the model is one of \(1, 14, 56\)"):
+        vae_dist.load(tmp_path, lambda: VAE(model.encoder, model.decoder, 3, (1, 14, 56), Laplace()))
     refused(command("evaluate", tmp_path), "--model.kind own", "vae_dist.load(run, build)")
     found = vae_dist.measure(model, Dataset(190, 290), iw_samples=5)
     assert found["loss"] == pytest.approx(result.test["loss"], rel=1e-12)
@@ -156,6 +161,65 @@ def with_encoder(*modules: nn.Module) -> Callable[[], VAE]:
     return build
 
 
+def of(encoder: nn.Module, decoder: nn.Module) -> VAE:
+    return VAE(nn.Sequential(nn.Flatten(), encoder), nn.Sequential(decoder, nn.Unflatten(1, (1, 28, 28))), 4, (1, 28, 28))
+
+
+def partly_frozen() -> VAE:
+    model = of(nn.Linear(784, 8), nn.Linear(4, 784))
+    model.get_parameter("encoder.1.weight").requires_grad_(False)
+    return model
+
+
+class Transposed(nn.Module):
+    """A decoder that has no weights of its own."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weights[:4]
+
+
+def tied() -> VAE:
+    encoder = nn.Linear(784, 8)
+    return of(encoder, Transposed(encoder.weight))
+
+
+@pytest.mark.parametrize("build", [partly_frozen, tied])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_weights_may_be_frozen_or_shared(build: Callable[[], VAE], deterministic: bool, tmp_path: Path) -> None:
+    def run(name: str, epochs: int) -> vae_dist.Result:
+        trainer = TrainerConfig(epochs=epochs, deterministic=deterministic)
+        config = small(tmp_path / name, optimizer=OptimizerConfig(ema=0.5))
+        return vae_dist.fit(dataclasses.replace(config, trainer=trainer), TRAIN, TEST, build)
+
+    run("in two parts", epochs=1)
+    result, whole = run("in two parts", epochs=2), run("whole", epochs=2)
+    assert records(tmp_path / "in two parts") == records(tmp_path / "whole")
+    loaded = vae_dist.load(tmp_path / "in two parts", build)
+    assert torch.equal(loaded.sample(2), whole.model.sample(2))
+    start = seeded(0, build)
+    is_trained = [not torch.equal(a, b) for a, b in zip(start.parameters(), result.model.parameters(), strict=True)]
+    assert is_trained == [weights.requires_grad for weights in start.parameters()]
+    assert len(list(loaded.parameters())) == len(is_trained), "what was shared is again"
+
+
+class Remembers(nn.Module):
+    """Keeps a mean of what it saw, which nothing depends on while it trains."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = 0.9 * self.seen + 0.1 * x.detach().mean(0)
+        return x
+
+
 class Idle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -163,6 +227,15 @@ class Idle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class Columns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.eye(8).T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weights
 
 
 class OverBatch(nn.Module):
@@ -182,9 +255,14 @@ class OverBatch(nn.Module):
         (with_encoder(Idle()), "encoder.2.spare.weight"),
         (with_encoder(nn.Linear(8, 4)), r"must give \(3, 8\)"),
         (with_encoder(nn.Linear(8, 8).double()), "torch.float32"),
+        (with_encoder(Remembers()), "encoder.2.seen change with every forward pass"),
+        (lambda: of(nn.LazyLinear(8), nn.Linear(4, 784)), "encoder.1.weight has no size yet"),
+        (lambda: of(nn.Linear(784, 8), nn.Linear(4, 784)).requires_grad_(False), "no weights to train"),
+        (with_encoder(Columns()), "encoder.2.weights is not contiguous"),
         (lambda: VAE(nn.Identity(), nn.Identity(), 2, (1, 5, 5)), r"\(1, 5, 5\)"),
         (lambda: nn.Linear(1, 1), "must build a vae_dist.VAE"),
         (build(), "must be a function"),
+        ("conv", "must be a function"),
     ],
 )
 def test_modules_that_would_break_the_promises_are_refused_before_any_step(build: Any, told: str, tmp_path: Path) -> None:
@@ -195,6 +273,21 @@ def test_modules_that_would_break_the_promises_are_refused_before_any_step(build
 def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"leave config\.model out"):
         vae_dist.fit(small(tmp_path, model=ModelConfig(hidden=(7,))), TRAIN, TEST, build)
+
+
+def test_a_model_is_measured_in_eval_mode_and_stays_as_it_was() -> None:
+    model = with_encoder(nn.Dropout(0.5))()
+    assert vae_dist.measure(model, TEST) == vae_dist.measure(model, TEST)
+    assert model.training
+    with pytest.raises(InputError, match="iw_samples -1"):
+        vae_dist.measure(model, TEST, iw_samples=-1)
+
+
+def test_the_model_that_is_left_computes_without_autocast(tmp_path: Path) -> None:
+    config = dataclasses.replace(small(tmp_path), trainer=TrainerConfig(epochs=1, precision="bf16"))
+    model = vae_dist.fit(config, TRAIN, TEST).model
+    images, noise = TEST / 255, torch.zeros(len(TEST), 20)
+    assert torch.equal(model(images, noise).decoded, model.decoder(model.encode(images).mean))
 
 
 @pytest.mark.parametrize("name", ["own", "glyphs"])
@@ -227,6 +320,7 @@ COLOURS = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
         COLOURS.double() / 255,
         Items(*COLOURS),
         Items(*[(image / 255, 7) for image in COLOURS]),
+        Items(*[(image, torch.zeros(40)) for image in COLOURS]),
         Items(*[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in COLOURS]),
         Items(*[(image.permute(1, 2, 0).numpy(), np.int64(7)) for image in COLOURS]),
     ],
@@ -246,10 +340,16 @@ def test_grey_images_may_lack_the_channel() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (COLOURS.float(), "train: must be uint8, or floats in .* from 0 to 119"),
-        (COLOURS / 255 - 0.5, "Leave out what normalises it"),
+        (COLOURS.numpy(), "torch.from_numpy"),
+        (torch.zeros(3, 1, 2, 2, dtype=torch.complex64), "not torch.complex64"),
+        ((COLOURS > 60).to(torch.uint8), "times 255"),
+        (COLOURS[:, :, :, :1].transpose(1, 2).repeat(1, 2, 1, 1), "channels come first"),
+        (Items(Image.new("P", (5, 4))), r"train\[0\]: is a picture of mode P"),
+        (Items(()), r"train\[0\]: must be an image"),
+        (COLOURS.float(), "train: floats must be in .* from 0 to 119"),
+        (COLOURS / 255 - 0.5, "Leave out what normalises them"),
         (COLOURS.long(), "must be uint8"),
-        (torch.full((1, 2, 2), torch.nan), "must be uint8"),
+        (torch.full((1, 2, 2), torch.nan), "from nan to nan"),
         (torch.zeros(0, 1, 2, 2), r"\(0, 1, 2, 2\)"),
         (torch.zeros(2, 2), r"\(2, 2\)"),
         (Items(), "with a length"),

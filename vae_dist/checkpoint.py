@@ -45,8 +45,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     temporary = folder.with_name(f".{folder.name}.unfinished")
     contents = {
         "config.json": _to_json(checkpoint.config),
-        "model.safetensors": safetensors.torch.save(checkpoint.model),
-        "trainer.safetensors": safetensors.torch.save(checkpoint.trainer),
+        "model.safetensors": to_bytes(checkpoint.model),
+        "trainer.safetensors": to_bytes(checkpoint.trainer),
     }
     manifest = {"format": FORMAT, **checkpoint.progress, "sha256": {name: _sha256(contents[name]) for name in _HASHED}}
     contents[_MANIFEST] = _sealed(manifest)
@@ -133,6 +133,12 @@ def write_atomically(file: Path, content: bytes | str) -> None:
     _write_and_sync(temporary, content.encode() if isinstance(content, str) else content)
     os.replace(temporary, file)
     _sync_folder(file.parent)
+
+
+def to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """A safetensors file. Of copies: it refuses tensors that share memory, as tied weights do, or do not lie row by row."""
+    copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(copies)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 python -m vae_dist.evaluate runs/mnist --iw_samples 5000
 """
 
+import copy
 import json
 import math
 import sys
@@ -174,15 +175,18 @@ def measure(model: VAE, images: OwnImages, iw_samples: int = 0, seed: int = 0) -
 
     In nats per image: `loss`, the negative ELBO, its parts `bce` and `kld`, and its standard error `stderr`; with `iw_samples`
     `nll`, -log p(x) by importance sampling; `n`, `active_units`, `kld_per_dim`, `mutual_information`. A seed names the noise.
-    Called in one process, or in all of several, which share the work. The model goes to the device. Raises InputError where the
-    images are not the model's, or its loss is not finite.
+    Called in one process, or in all of several, which share the work. The model is measured in eval mode on the device, and
+    stays as and where it is. Raises InputError where the images are not the model's, or its loss is not finite.
     """
+    if iw_samples < 0:
+        raise InputError(f"iw_samples {iw_samples}: must be 0 or more")
     with surroundings_kept():
         accelerator = start()
         found = own_images(images, "images")
         is_binary = is_black_and_white(found)
         found = on_device(found, "images", DataConfig(), accelerator, train=False, shape=model.image_shape)
-        return figures(model.to(accelerator.device), found, accelerator, seed, is_binary, iw_samples)
+        mine = copy.deepcopy(model).eval().to(accelerator.device)
+        return figures(mine, found, accelerator, seed, is_binary, iw_samples)
 
 
 def figures(

@@ -26,7 +26,7 @@ from vae_dist.distributed import (
     together,
 )
 from vae_dist.loading import load_images, on_device
-from vae_dist.model import VAE, build_model, seeded
+from vae_dist.model import VAE, build_model, from_program, seeded
 from vae_dist.options import flat, program, python, require_same_run
 from vae_dist.own_modules import require_sound
 from vae_dist.provenance import record_start
@@ -96,7 +96,8 @@ def train_to_end(
             together(accelerator, lambda: trainer.resume(source))
         status = 0 if _is_finished(trainer, run) else _train(trainer, source, mode, baseline)
         rows = from_first_rank(accelerator, lambda: [row for row in read_rows(run.metrics) if row["split"] == "test"])
-        return Result(run.path, trainer.result.eval(), rows[-1] if rows else {}, status)
+        plain = accelerator.unwrap_model(trainer.result, keep_fp32_wrapper=False)  # without autocast
+        return Result(run.path, plain.eval(), rows[-1] if rows else {}, status)
     finally:
         run.release()
 
@@ -110,14 +111,9 @@ def _own_sides(train: OwnImages | None, test: OwnImages | None) -> tuple[Images,
 
 
 def _built(config: Config, build: Callable[[], VAE]) -> VAE:
-    if isinstance(build, VAE):
-        raise InputError("vae_dist.fit: model must be a function that builds the VAE, so that all processes build the same one")
     if config.model not in (ModelConfig(), ModelConfig(kind="own", likelihood="own", latent_dim=config.model.latent_dim)):
         raise InputError("vae_dist.fit: with a model of your own leave config.model out: it describes another one")
-    model = seeded(config.seed, build)
-    if not isinstance(model, VAE):
-        raise InputError(f"vae_dist.fit: model must build a vae_dist.VAE, not {type(model).__name__}")
-    return model
+    return seeded(config.seed, lambda: from_program(build))
 
 
 def _described(config: Config, has_own_images: bool, own_model: VAE | None) -> Config:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vae_dist.config import InputError
 from vae_dist.distributed import is_one_machine
+from vae_dist.optimizer import trained_parameters
 from vae_dist.pace import Laps
 from vae_dist.shared_memory import SharedMemory, share_memory
 
@@ -80,7 +81,7 @@ class FlatGradients(Gradients):
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, laps: Laps) -> None:
         super().__init__(accelerator, _without_ddp(accelerator, model), laps)
-        self._parameters = list(model.parameters())
+        self._parameters = trained_parameters(model)
 
     @contextlib.contextmanager
     def round(self, is_last: bool) -> Iterator[None]:
@@ -112,7 +113,7 @@ class OrderedGradients(Gradients):
     def __init__(self, accelerator: Accelerator, model: nn.Module, laps: Laps, shards: int, rounds: int) -> None:
         """A batch has `shards`; each rank takes `rounds` of them in a step, the last ranks fewer."""
         super().__init__(accelerator, _without_ddp(accelerator, model), laps)
-        self._parameters = list(model.parameters())
+        self._parameters = trained_parameters(model)
         ends = [min(rank * rounds, shards) for rank in range(accelerator.num_processes + 1)]
         self._shards = [range(first, last) for first, last in pairwise(ends)]  # of each rank
         self._round = 0

@@ -71,7 +71,7 @@ class DriftGuard:
 def _digests(state: Checkpoint) -> dict[str, str]:
     """A SHA-256 of each tensor of a packed state, and of the rest."""
     tensors = state.model | state.trainer
-    found = {name: hashlib.sha256(tensor.cpu().numpy().data).hexdigest() for name, tensor in tensors.items()}
+    found = {name: hashlib.sha256(tensor.cpu().contiguous().numpy().data).hexdigest() for name, tensor in tensors.items()}
     return found | {"progress": hashlib.sha256(repr(state.progress).encode()).hexdigest()}
 
 

@@ -98,7 +98,7 @@ class PartialFile:
         facts = (_FORMAT, _IMAGES, _MOST_SAMPLES, self._samples, self._settings, self._images.digest())
         digest = hashlib.sha256(repr(facts).encode())
         for tensor in self._model.state_dict().values():
-            digest.update(tensor.cpu().numpy().data)
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def read(self) -> Tensor:

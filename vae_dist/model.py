@@ -114,6 +114,16 @@ def build_model(config: ModelConfig, image_shape: Sequence[int], seed: int, imag
     return model
 
 
+def from_program(build: Callable[[], VAE]) -> VAE:
+    """What a function of a program's own builds. Raises InputError where it is none, or builds no VAE."""
+    if isinstance(build, nn.Module) or not callable(build):
+        raise InputError("the model must be a function that builds the VAE, so that all processes build the same one")
+    model = build()
+    if not isinstance(model, VAE):
+        raise InputError(f"the function must build a vae_dist.VAE, not {type(model).__name__}")
+    return model
+
+
 def seeded(seed: int, build: Callable[[], VAE]) -> VAE:
     """What `build` builds when torch's generator begins at the seed; the generator is left as it was."""
     with torch.random.fork_rng(devices=[]):

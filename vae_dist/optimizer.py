@@ -14,7 +14,7 @@ _IWAE_LAST_STAGE = 7
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module, is_recorded: bool = False) -> torch.optim.Optimizer:
     """Adam, AdamW or plain SGD, in fused kernels over many parameters; fit to be recorded as a CUDA graph, if it is to be."""
-    parameters = list(model.parameters())
+    parameters = trained_parameters(model)
     rate = torch.tensor(config.lr, device=parameters[0].device) if is_recorded else config.lr
     if config.kind == "sgd":
         return torch.optim.SGD(parameters, lr=rate, fused=True)
@@ -23,6 +23,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, is_recorded: bool
         groups = _by_decay(parameters, config.weight_decay)
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=is_recorded)
     return torch.optim.Adam(parameters, lr=rate, betas=betas, eps=eps, fused=True, capturable=is_recorded)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All but those that a program has frozen, by requires_grad_(False)."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _by_decay(parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from vae_dist.config import InputError
 from vae_dist.model import VAE, Output, seeded
@@ -17,17 +18,32 @@ _TOLERANCE = 1e-4  # relative: kernels for two images and for three may round ot
 def require_sound(model: VAE, image_shape: Sequence[int]) -> None:
     """Tries a model, which lies on the CPU, on some random images. Raises InputError, saying what would be wrong with it.
 
-    Shapes; all weights float32; what becomes of an image depends on that image and its noise alone, without a statistic of the
-    batch, as BatchNorm takes, or randomness of its own, as Dropout has: those would make the result depend on the number of
-    processes.
+    Shapes; weights float32, of a known size, changed by the optimizer alone; what becomes of an image depends on that image and
+    its noise alone, without a statistic of the batch, as BatchNorm takes, or randomness of its own, as Dropout has: those would
+    make the result depend on the number of processes.
     """
     if model.image_shape != tuple(image_shape):
         raise InputError(f"the model is one of images of {model.image_shape}, but the training images are {tuple(image_shape)}")
     for name, tensor in model.state_dict().items():
+        if is_lazy(tensor):  # it would take its weights from the first forward pass, not from the seed
+            raise InputError(f"the model's {name} has no size yet; give it one, or call lazy modules once in the function")
         if tensor.dtype != torch.float32:
-            raise InputError(f"the model's {name} is {tensor.dtype}, and must be torch.float32; BatchNorm cannot be used")
+            way_out = "BatchNorm cannot be used; register masks and the like with persistent=False"
+            raise InputError(f"the model's {name} is {tensor.dtype}, and must be torch.float32; {way_out}")
+    for name, weights in model.named_parameters():
+        if not weights.is_contiguous():  # fused optimizers walk weights, gradients and moments side by side
+            raise InputError(f"the model's {name} is not contiguous, as transposed or channels_last: give it .contiguous()")
+    if not any(weights.requires_grad for weights in model.parameters()):
+        raise InputError("the model has no weights to train: all are frozen, by requires_grad_(False), or there are none")
     images, noise = _ramp(_IMAGES, *image_shape), 2 * _ramp(_IMAGES, model.latent_dim) - 1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seeded(0, lambda: _try(model, images, noise))
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    if moved:
+        raise InputError(
+            f"the model's {', '.join(moved)} change with every forward pass, of which there are more or fewer by the number of "
+            "processes; leave out what keeps such a memory, or put it into eval mode"
+        )
 
 
 def _try(model: VAE, images: Tensor, noise: Tensor) -> VAE:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-import safetensors.torch
 import torch
 import yaml
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from vae_dist import checkpoint
 from vae_dist.averaging import averages_in
 from vae_dist.config import Config, InputError
-from vae_dist.model import VAE
+from vae_dist.model import VAE, from_program
 from vae_dist.options import from_mapping, require_same_run, to_mapping, to_yaml
 
 State = Literal["running", "finished", "interrupted", "failed"]
@@ -118,7 +117,7 @@ class RunFolder:
 
     def save_model(self, config: Config, model: VAE) -> None:
         """Writes the final weights and their description: all that anybody needs to use the model."""
-        weights = safetensors.torch.save(model.state_dict())
+        weights = checkpoint.to_bytes(model.state_dict())
         description = describe(config, model.image_shape) | {"sha256": hashlib.sha256(weights).hexdigest()}
         checkpoint.write_atomically(self.path / "config.json", json.dumps(description, indent=2) + "\n")
         checkpoint.write_atomically(self.path / "model.safetensors", weights)
@@ -174,11 +173,11 @@ def load_model(path: str | Path, build: Callable[[], VAE] | None = None) -> tupl
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{folder / 'config.json'}: cannot be read: {error}") from None
     if build is not None:
-        model = build()
-    if config.optimizer.ema:
-        restore_weights(model, averages, folder, assign=True, what="averaged weights")
-    else:
-        restore_weights(model, weights, folder, assign=True)
+        model = from_program(build)
+        if model.image_shape != (channels, height, width):
+            raise InputError(f"{folder}: of images of {(channels, height, width)}, but the model is one of {model.image_shape}")
+    what = "averaged weights" if config.optimizer.ema else "weights"
+    restore_weights(model, averages if config.optimizer.ema else weights, folder, assign=build is None, what=what)
     return model.eval(), config
 
 

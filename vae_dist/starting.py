@@ -151,7 +151,8 @@ def surroundings_kept() -> Iterator[None]:
         torch.set_flush_denormal(False)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
-                signal.signal(number, handler)
+                if handler is not None:  # one that Python did not install, and cannot
+                    signal.signal(number, handler)
 
 
 def _meet(_: str, timeout: timedelta, **options: object) -> Iterator[tuple[Store, int, int]]:

@@ -242,7 +242,7 @@ class Trainer:
         self.progress.epoch_sums = self.progress.window_sums = Sums()
         self.save()
         if self._callbacks:
-            enough = [callback.on_epoch(epoch, train, test, self.result) is True for callback in self._callbacks]
+            enough = [bool(callback.on_epoch(epoch, train, test, self.result)) for callback in self._callbacks]
             mine = torch.tensor([float(any(enough))], dtype=torch.float64, device=self.accelerator.device)
             self._is_enough = sum_over_ranks(self.accelerator, mine) > [0.0]
 

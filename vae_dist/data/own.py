@@ -4,10 +4,14 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vae_dist.config import InputError
 from vae_dist.data.images import Images, Resident
+
+_MODES = ("L", "RGB", "RGBA")  # of Pillow's images: the pixels' values are what is seen
+_MOST_CHANNELS = 4  # of a PNG file
 
 
 class Dataset(Protocol):
@@ -32,8 +36,10 @@ def own_images(given: OwnImages, name: str) -> Images:
     """
     if isinstance(given, Images):
         return given
+    if isinstance(given, np.ndarray):
+        raise InputError(f"{name}: must be a tensor, not an array; give torch.from_numpy of it")
     if isinstance(given, Tensor):
-        return Resident(_pixels(given, name, dimensions=4))
+        return _resident(_pixels(given, name, dimensions=4), name)
     if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")) or len(given) == 0:
         raise InputError(f"{name}: must be a tensor of images, or a data set with a length, not {type(given).__name__}")
     items = [_item(given[i], f"{name}[{i}]") for i in range(len(given))]
@@ -42,7 +48,7 @@ def own_images(given: OwnImages, name: str) -> Images:
         raise InputError(f"{name}: images of one shape are needed, but there are {sorted(shapes)}")
     labels = [label for _, label in items]
     known = torch.tensor(labels) if all(isinstance(label, int) for label in labels) else None
-    return Resident(torch.stack([pixels for pixels, _ in items]), known)
+    return _resident(torch.stack([pixels for pixels, _ in items]), name, known)
 
 
 def is_black_and_white(images: Images) -> bool:
@@ -50,15 +56,31 @@ def is_black_and_white(images: Images) -> bool:
     return all(bool(((block == 0) | (block == 255)).all()) for block in images.blocks())
 
 
+def _resident(pixels: Tensor, name: str, labels: Tensor | None = None) -> Resident:
+    """Raises InputError for what would train, but hardly be what is meant."""
+    if pixels.shape[1] > _MOST_CHANNELS:
+        raise InputError(
+            f"{name}: images of {pixels.shape[1]} channels cannot be drawn, up to {_MOST_CHANNELS} can; channels come first, "
+            "are these (height, width, channels)?"
+        )
+    if pixels.max() == 1:
+        raise InputError(f"{name}: no pixel is brighter than 1 of 255; give black and white ones as floats, or times 255")
+    return Resident(pixels, labels)
+
+
 def _item(item: Any, name: str) -> tuple[Tensor, Any]:
-    image, *rest = item if isinstance(item, (tuple, list)) else (item,)
+    image, *rest = item if isinstance(item, (tuple, list)) and item else (item,)
+    if isinstance(image, Image.Image) and image.mode not in _MODES:
+        raise InputError(f"{name}: is a picture of mode {image.mode}; .convert('L') makes it grey, .convert('RGB') colour")
     if not isinstance(image, Tensor):
         array = np.array(image)  # of Pillow's images (height, width) or (height, width, channels)
         if array.dtype != np.uint8 or array.ndim not in (2, 3):
             raise InputError(f"{name}: must be an image or a tensor, not {type(image).__name__}")
         image = torch.from_numpy(array if array.ndim == 2 else array.transpose(2, 0, 1).copy())
     label = rest[0] if rest else None
-    return _pixels(image, name, dimensions=3), label.item() if isinstance(label, (Tensor, np.generic)) else label
+    if isinstance(label, np.generic) or (isinstance(label, Tensor) and label.numel() == 1):
+        label = label.item()
+    return _pixels(image, name, dimensions=3), label
 
 
 def _pixels(images: Tensor, name: str, dimensions: int) -> Tensor:
@@ -69,10 +91,9 @@ def _pixels(images: Tensor, name: str, dimensions: int) -> Tensor:
         raise InputError(f"{name}: must be (n, channels, height, width) or (n, height, width), but is {tuple(images.shape)}")
     if images.dtype == torch.uint8:
         return images.contiguous()
+    if not images.is_floating_point():
+        raise InputError(f"{name}: must be uint8, or floats in [0, 1], not {images.dtype}")
     low, high = images.min().item(), images.max().item()
-    if not images.is_floating_point() or not (low >= 0 and high <= 1):
-        raise InputError(
-            f"{name}: must be uint8, or floats in [0, 1]; it is {images.dtype} from {low:g} to {high:g}. "
-            "Leave out what normalises it"
-        )
+    if not (low >= 0 and high <= 1):
+        raise InputError(f"{name}: floats must be in [0, 1], but are from {low:g} to {high:g}. Leave out what normalises them")
     return images.mul(255).round().to(torch.uint8).contiguous()
