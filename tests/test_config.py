@@ -1,7 +1,9 @@
 """A config comes from a file and then the command line, survives being saved, and refuses what is wrong by name."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,3 +257,31 @@ def test_a_config_from_before_a_field_was_there_has_its_default() -> None:
     for name in ("activation", "output_bias", "likelihood", "sigma", "mixtures"):
         del old["model"][name]
     assert from_mapping(old, "here") == Config(seed=4)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        (ModelConfig, {"kind": "transformer"}, "--model.kind transformer: must be one of mlp, conv, resnet, own"),
+        (ModelConfig, {"hidden": (1.5,)}, "--model.hidden 1.5: must be tuple[int, ...]"),
+        (
+            ModelConfig,
+            {"likelihood": "gaussian", "sigma": "own"},
+            "--model.sigma own: must be float or one of learned, optimal",
+        ),
+        (OptimizerConfig, {"schedule": "step"}, "--optimizer.schedule step: must be one of constant"),
+        (TrainerConfig, {"epochs": 1.5}, "--trainer.epochs 1.5: must be int"),
+        (TrainerConfig, {"precision": "fp8"}, "--trainer.precision fp8: must be one of fp32"),
+    ],
+)
+def test_a_program_is_refused_too_what_is_no_value_of_an_option(section: Any, values: dict[str, Any], told: str) -> None:
+    name = section.__name__.removesuffix("Config").lower()
+    with pytest.raises(InputError, match=re.escape(told)):
+        replace(Config(), **{name: section(**values)})
+
+
+def test_fields_of_a_config_itself_are_of_their_types() -> None:
+    wrong: Any = {"output": Path("runs"), "data": TrainerConfig()}
+    for name, kind in (("output", "str"), ("data", "DataConfig")):
+        with pytest.raises(InputError, match=f"--{name} .*: must be {kind}"):
+            Config(**{name: wrong[name]})

@@ -5,7 +5,7 @@ A field's docstring is its help text. Values are checked where the config is mad
 
 from dataclasses import dataclass, field
 
-from vae_dist.config.checks import ImagesLost, InputError, require
+from vae_dist.config.checks import ImagesLost, InputError, require, require_types
 from vae_dist.config.data import DataConfig
 from vae_dist.config.model import ModelConfig, ObjectiveConfig
 from vae_dist.config.training import CheckpointConfig, ExpectConfig, OptimizerConfig, TrackingConfig, TrainerConfig
@@ -50,6 +50,7 @@ class Config:
     expect: ExpectConfig = field(default_factory=ExpectConfig)
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(0 <= self.seed < 2**63, "--seed", self.seed, "in 0 … 2^63 - 1")
         micro, shard = self.trainer.micro_batch_size, deterministic_rows(self.data.batch_size)
         if self.trainer.deterministic and micro is not None and micro < shard:
