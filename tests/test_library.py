@@ -21,6 +21,7 @@ from tests.helpers import ROOT, Outcome, launch, records, refused, resident
 from tests.own_program import Dataset, Laplace, Listener, build, settings
 from vae_dist import VAE, Config, DataConfig, InputError, ModelConfig, OptimizerConfig, TrackingConfig, TrainerConfig
 from vae_dist.data import glyphs
+from vae_dist.data.images import HostImages
 from vae_dist.data.own import own_images
 from vae_dist.model import seeded
 
@@ -73,7 +74,7 @@ def test_a_second_call_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> 
     assert torch.equal(again.model.sample(2), first.model.sample(2))
     more = vae_dist.fit(small(tmp_path, epochs=3), TRAIN, TEST)
     assert more.test["epoch"] == 3
-    with pytest.raises(InputError, match="trained on other images"):
+    with pytest.raises(InputError, match="trained on other images than those in what"):
         vae_dist.fit(small(tmp_path, epochs=4), TRAIN.flip(0), TEST)
 
 
@@ -330,6 +331,28 @@ def test_tensors_and_items_become_the_same_images(given: Any) -> None:
     assert torch.equal(images.rows(torch.arange(2)), COLOURS)
     labels = getattr(images, "labels", None)
     assert labels is None or labels.tolist() == [7, 7]
+
+
+class Counting(HostImages):
+    """Images that are computed when they are asked for."""
+
+    shape = (1, 4, 4)
+
+    def __len__(self) -> int:
+        return 64
+
+    def digest(self) -> str:
+        return "of 64 images that count"
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        return (indices.view(-1, 1, 1, 1) * 3).expand(-1, *self.shape).to(torch.uint8)
+
+
+def test_a_set_of_ones_own_is_fetched_as_it_is_needed(tmp_path: Path) -> None:
+    held = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1, 1).mul(3).expand(-1, 1, 4, 4)
+    assert torch.equal(torch.cat(list(Counting().blocks())), held)
+    fetched = vae_dist.fit(small(tmp_path / "fetched"), Counting(), Counting())
+    assert fetched.test["loss"] == vae_dist.fit(small(tmp_path / "held"), held, held).test["loss"]
 
 
 def test_grey_images_may_lack_the_channel() -> None:

@@ -8,7 +8,7 @@ from vae_dist.model import VAE
 class Callback:
     """What a program of one's own is told of a training, and where it may end it: a base class, whose methods do nothing.
 
-    Every process calls both, with figures that are the same on all; only times may differ.
+    Every process calls those it was given, with figures that are the same on all; only times may differ.
     """
 
     def on_row(self, row: dict[str, Any]) -> None:

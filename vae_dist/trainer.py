@@ -241,10 +241,9 @@ class Trainer:
         on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test, found))
         self.progress.epoch_sums = self.progress.window_sums = Sums()
         self.save()
-        if self._callbacks:
-            enough = [bool(callback.on_epoch(epoch, train, test, self.result)) for callback in self._callbacks]
-            mine = torch.tensor([float(any(enough))], dtype=torch.float64, device=self.accelerator.device)
-            self._is_enough = sum_over_ranks(self.accelerator, mine) > [0.0]
+        enough = [bool(callback.on_epoch(epoch, train, test, self.result)) for callback in self._callbacks]
+        mine = torch.tensor([float(any(enough))], dtype=torch.float64, device=self.accelerator.device)
+        self._is_enough = sum_over_ranks(self.accelerator, mine) > [0.0]
 
     def _record_epoch(self, epoch: int, train: Row, test: Row, found: Evaluation) -> None:
         """Rank zero only."""
@@ -298,16 +297,14 @@ class Trainer:
             saved = checkpoint.read(folder)
         except checkpoint.Damaged as error:
             raise InputError(f"{folder}: damaged: {error}") from None
-        step = self.step
+        step, data = self.step, self.config.data
+        here = "what vae_dist.fit was given" if data.name == "own" else f"--data.root {data.root}"
         progress = unpack(saved, folder, self.model, step.optimizer, self.accelerator.scaler, step.averages)
         if progress.images != len(self.train):
-            raise InputError(
-                f"{folder}: trained on {progress.images} images, but there are {len(self.train)} in "
-                f"--data.root {self.config.data.root}"
-            )
+            raise InputError(f"{folder}: trained on {progress.images} images, but there are {len(self.train)} in {here}")
         if progress.data not in ("", self.progress.data):
             raise InputError(
-                f"{folder}: trained on other images than those in --data.root {self.config.data.root}: their digest is "
+                f"{folder}: trained on other images than those in {here}: their digest is "
                 f"{progress.data[:16]} there and {self.progress.data[:16]} here. Bring those back, or name another --output"
             )
         self.progress = dataclasses.replace(progress, data=self.progress.data)
