@@ -1,0 +1,26 @@
+"""MkDocs' hook. Pages lie in the site as they lie in the repository, so that a link between two of them is right in both; and what
+a browser needs for formulas and for searching without a server comes from npm packages, which `make docs` puts into build/npm.
+"""
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+PARTS = ["*.md", "LICENSE", "docs/**/*", "launch/**/*", "configs/**/*", "examples/*.ipynb"]
+PACKAGES = ["katex/dist/**/*.min.*", "katex/dist/fonts/*.woff2", "iframe-worker/shim/index.js"]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The files of the repository in place of those that MkDocs found below docs/."""
+    for file in [file for file in files if file.src_dir == config.docs_dir]:
+        files.remove(file)
+    npm = ROOT / "build" / "npm"
+    found = [(ROOT, "", path) for part in PARTS for path in ROOT.glob(part)]
+    found += [(npm, "npm/", path) for part in PACKAGES for path in (npm / "node_modules").glob(part)]
+    for folder, prefix, path in sorted(found):
+        if path.is_file():
+            inside = path.relative_to(npm / "node_modules" if prefix else folder).as_posix()
+            files.append(File.generated(config, prefix + inside, abs_src_path=str(path)))
+    return files
