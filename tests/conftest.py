@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.browser import chromium
 from tests.helpers import Outcome, launch, write_idx_set
 from tests.object_storage import TEST, TRAIN, Server, Way, write_set
-from vae_dist import check, evaluate, generate, pack, train, verify
+from vae_dist import check, evaluate, export, generate, pack, train, upload, verify
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
 from vae_dist.doctor import __main__ as doctor
@@ -82,6 +82,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     threads = torch.get_num_threads()
     mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
     mains |= {"check": check.main, "verify": verify.main, "pack": pack.main, "doctor": doctor.main}
+    mains |= {"export": export.main, "upload": upload.main}
 
     def run(name: str, *args: object) -> Outcome:
         capsys.readouterr()

@@ -183,15 +183,49 @@ def test_a_typo_in_a_file_names_the_file(tmp_path: Path, capsys: pytest.CaptureF
     assert "mine.yaml" in printed
 
 
-def test_every_field_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+SECTIONS = {name: list(fields) for name, fields in to_mapping(Config()).items() if isinstance(fields, dict)}
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     with pytest.raises(SystemExit) as end:
-        parse(["--help"])
+        parse(args)
     assert end.value.code == 0
-    printed = capsys.readouterr().out
-    names = [
-        f"{section}.{name}" for section, fields in to_mapping(Config()).items() if isinstance(fields, dict) for name in fields
-    ]
-    assert [name for name in [*names, "seed", "output", "resume", "config"] if f"--{name}" not in printed] == []
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_help_is_one_screen_and_names_every_option(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    printed = help_of(capsys, "--seed", "3", "-h")
+    assert len(printed.splitlines()) <= 50
+    assert max(map(len, printed.splitlines())) <= 100
+    assert all(f"--{name} " in printed for name in ("seed", "output", "resume", "config"))
+    shown = printed.split()
+    assert [name for section, names in SECTIONS.items() for name in [section, *names] if name not in shown] == []
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_sections_help_explains_its_options_and_no_others(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = help_of(capsys, "--help", section)
+    assert all(f"--{section}.{name} " in printed for name in SECTIONS[section])
+    assert printed.count("(default:") == len(SECTIONS[section])
+
+
+def test_the_whole_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = help_of(capsys, "--help", "all")
+    assert [
+        f"{section}.{name}" for section in SECTIONS for name in SECTIONS[section] if f"--{section}.{name}" not in printed
+    ] == []
+    assert all(f"--{name} " in printed for name in ("seed", "output", "resume"))
+
+
+def test_help_of_no_section_says_which_there_are() -> None:
+    with pytest.raises(InputError, match="did you mean `--help optimizer`"):
+        parse(["--help", "optimiser"])
+    with pytest.raises(InputError, match="the sections are data, model"):
+        parse(["--help", "7"])
 
 
 def test_differences_name_what_changes_a_runs_meaning() -> None:

@@ -1,6 +1,7 @@
 """Training from Python: images, modules, a likelihood and callbacks of one's own, and the guarantees of the command."""
 
 import dataclasses
+import doctest
 import os
 import signal
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vae_dist
-from tests.helpers import Outcome, launch, records, refused, resident
+from tests.helpers import ROOT, Outcome, launch, records, refused, resident
 from tests.own_program import Dataset, Laplace, Listener, build, settings
 from vae_dist import VAE, Config, DataConfig, InputError, ModelConfig, TrackingConfig, TrainerConfig
 from vae_dist.data import glyphs
@@ -257,6 +258,13 @@ def test_grey_images_may_lack_the_channel() -> None:
 def test_what_is_no_set_of_images_is_refused(given: Any, told: str) -> None:
     with pytest.raises(InputError, match=told):
         own_images(given, "train")
+
+
+def test_the_examples_of_the_documentation_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "library.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert (failed, tried > 30) == (0, True)
 
 
 def test_one_side_alone_is_not_enough(tmp_path: Path) -> None:

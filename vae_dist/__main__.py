@@ -22,6 +22,10 @@ COMMANDS = {
         "evaluate": "exact figures on the test images, log p(x) among them",
         "generate": "samples, reconstructions, traversals and interpolations as PNG",
     },
+    "Give it to others": {
+        "export": "encoder and decoder as ONNX files",
+        "upload": "to the Hugging Face Hub, with a model card of what was measured",
+    },
     "Prepare": {
         "pack": "decode a folder of pictures once, for many runs",
         "doctor": "look for what would keep a training from starting here",

@@ -24,6 +24,7 @@ from vae_dist.data import glyphs
 from vae_dist.data.idx import idx_bytes
 from vae_dist.distributed import EXIT_FAILED, TrainingFailed, run_entry_point
 from vae_dist.options import command_line, program
+from vae_dist.progress import no_bar
 from vae_dist.tracking import read_rows
 
 _TRAIN_IMAGES, _TEST_IMAGES = 2000, 500
@@ -84,7 +85,7 @@ def main(args: list[str] | None = None) -> int:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         _write_images(Path(folder))
-        for mode, processes in (bar := tqdm(list(product((False, True), worlds)), unit="job", leave=False, disable=None)):
+        for mode, processes in (bar := tqdm(list(product((False, True), worlds)), unit="job", leave=False, disable=no_bar())):
             bar.set_description(f"{processes} processes, {'bitwise' if mode else 'default'} mode")
             results[mode, processes] = _run(Path(folder), processes, mode, on_gpus)
     default, bitwise = (

@@ -31,6 +31,7 @@ from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, kl_by_dimension, negative_elbo
 from vae_dist.options import command_line
 from vae_dist.posterior import ACTIVE_VARIANCE, active_units, mutual_information
+from vae_dist.progress import no_bar
 from vae_dist.run import RunFolder, is_checkpoint, load_model
 from vae_dist.starting import start, surroundings_kept
 from vae_dist.tracking import summarise
@@ -61,7 +62,7 @@ def evaluate(model: VAE, images: Images, seed: int, accelerator: Accelerator, pr
     key = derive_key(seed, Stream.EVALUATION)
     totals = torch.zeros(4 + 3 * model.latent_dim, dtype=torch.float64, device=images.device)
     mine = partition.of_rank(order, accelerator.process_index).flatten(1)
-    quiet = None if progress and accelerator.is_main_process else True
+    quiet = no_bar(progress and accelerator.is_main_process)
     for indices, pixels in zip(tqdm(mine, desc="evaluating", disable=quiet), images.stream(mine), strict=True):
         batch = as_images(pixels)
         posterior = model.encode(batch)
@@ -179,7 +180,7 @@ def importance_figures(
     model: VAE, images: Images, accelerator: Accelerator, seed: int, is_binary: bool, samples: int, partial: PartialFile
 ) -> dict[str, float | None]:
     """-log p(x) by importance sampling, in nats per image. All ranks call it."""
-    n, quiet = len(images), None if accelerator.is_main_process else True
+    n, quiet = len(images), no_bar(accelerator.is_main_process)
     with tqdm(total=n, desc=f"log p(x), {samples} samples", unit="image", smoothing=0, disable=quiet) as bar:
         log_p = log_marginals(model, images, seed, samples, accelerator, partial, bar.update)
     on_first_rank(accelerator, partial.remove)

@@ -5,16 +5,18 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import tyro
 import yaml
 
-from vae_dist.config import Config, InputError
+from vae_dist.config import Config, DataConfig, InputError
+from vae_dist.options_help import options_of, overview, topic_of
 
 T = TypeVar("T")
 
@@ -55,6 +57,8 @@ def parse(args: Sequence[str], module: str = "vae_dist.train", description: str 
     Raises InputError where that file cannot be read; other faults are printed once and end the process with status 2, through
     SystemExit.
     """
+    if (topic := topic_of(args)) is not None:
+        _show_help(topic, module, description)
     file, options = _take_config_option(args)
     config, name = Config(), None
     if file is not None:
@@ -67,6 +71,15 @@ def parse(args: Sequence[str], module: str = "vae_dist.train", description: str 
             raise
     config = command_line(Config, module, _in_python_words(options), config, description)
     return replace(config, output=config.output or f"runs/{name or config.data.name}")
+
+
+def _show_help(topic: str, module: str, description: str) -> NoReturn:
+    if topic != "overview":
+        command_line(options_of(topic), module, ["--help"], description=description)
+    if is_spokesman():
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` has seen enough
+        print(overview(program(module), description))
+    sys.exit(0)
 
 
 def command_line(kind: type[T], module: str, args: Sequence[str], default: T | None = None, description: str = "") -> T:
@@ -138,6 +151,12 @@ def to_yaml(config: Config) -> str:
 def flat(config: Config) -> dict[str, Any]:
     """The value of each option by its name, for example `optimizer.lr`."""
     return _flatten(to_mapping(config))
+
+
+def without_places(config: Config) -> Config:
+    """The same run without the folders of this machine, which say nothing to others."""
+    data, tracking = replace(config.data, root=DataConfig.root), replace(config.tracking, baseline=None)
+    return replace(config, output="", resume=Config.resume, data=data, tracking=tracking)
 
 
 def differences(old: Config, new: Config) -> list[str]:

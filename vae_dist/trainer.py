@@ -29,6 +29,7 @@ from vae_dist.noise_scale import NoiseScale
 from vae_dist.objective import Sums
 from vae_dist.optimizer import learning_rate
 from vae_dist.pace import Pace
+from vae_dist.progress import no_bar
 from vae_dist.run import RunFolder, State
 from vae_dist.state import Progress, pack, unpack
 from vae_dist.step import Step
@@ -115,7 +116,7 @@ class Trainer:
             initial=first,
             unit="step",
             leave=False,
-            disable=None if self.accelerator.is_main_process else True,
+            disable=no_bar(self.accelerator.is_main_process),
         )
         with bar:
             for number, batch in enumerate(self._batches(epoch, first), start=first + 1):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from vae_dist.checkpoint import write_atomically
 from vae_dist.config import InputError
 from vae_dist.data.images import HostImages
+from vae_dist.progress import no_bar
 
 Mapped: TypeAlias = "np.ndarray[Any, Any]"  # images, (n,) of void
 Numbers: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
@@ -146,7 +147,7 @@ def _digest(index: Index) -> str:
 
 def verify(folder: Path, index: Index) -> None:
     """Reads all shards. Raises InputError, naming the first that is not what was written."""
-    for shard in tqdm(index.shards, desc=f"verifying {folder}", unit="file", leave=False, disable=None):
+    for shard in tqdm(index.shards, desc=f"verifying {folder}", unit="file", leave=False, disable=no_bar()):
         require_size(folder, shard)
         if sha256_of(folder / shard.filename) != shard.sha256:
             raise InputError(f"{folder / shard.filename}: damaged: its SHA-256 is not the one in {INDEX}; {_REMEDY}")

@@ -21,6 +21,7 @@ from vae_dist.data import folder, packed
 from vae_dist.data.folder import Picture, Plan
 from vae_dist.data.packed import Index, Shard
 from vae_dist.data.photos import Unreadable, decode, many
+from vae_dist.progress import no_bar
 
 SIDES = ("train", "test")
 _LISTED = 5  # unreadable files that an error names
@@ -262,7 +263,7 @@ def _decoded(jobs: list[_Job], workers: int | None) -> "Iterator[tuple[_Job, lis
     pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="decode")
     started: deque[tuple[_Job, list[Future[bytes | Unreadable]]]] = deque()
     total = sum(len(job.pictures) for job in jobs)
-    with many(), tqdm(total=total, desc="decoding", unit="image", smoothing=0.1, disable=None) as bar:
+    with many(), tqdm(total=total, desc="decoding", unit="image", smoothing=0.1, disable=no_bar()) as bar:
 
         def results() -> "tuple[_Job, list[bytes | Unreadable]]":
             job, futures = started.popleft()
