@@ -51,4 +51,4 @@ def opened(browser: Browser, address: str, width: int = WIDE, scheme: Literal["l
         yield page
     finally:
         page.close()
-    assert wrong == []
+    assert wrong == [], wrong

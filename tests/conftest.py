@@ -18,6 +18,7 @@ from vae_dist import check, evaluate, export, generate, pack, train, upload, ver
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
 from vae_dist.doctor import __main__ as doctor
+from vae_dist.explore import __main__ as explore
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +83,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     threads = torch.get_num_threads()
     mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
     mains |= {"check": check.main, "verify": verify.main, "pack": pack.main, "doctor": doctor.main}
-    mains |= {"export": export.main, "upload": upload.main}
+    mains |= {"export": export.main, "upload": upload.main, "explore": explore.main}
 
     def run(name: str, *args: object) -> Outcome:
         capsys.readouterr()

@@ -1,9 +1,12 @@
 """Small things that several tests use."""
 
+import contextlib
 import gzip
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,3 +131,21 @@ def begin(module: str, *args: object, processes: int = 1, restarts: int = 0) -> 
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def explored(run: Path, *options: object) -> Iterator[list[str]]:
+    """The page of a run, served by a real process at a free port: what it printed, the address last. It ends by Ctrl-C."""
+    server = begin("vae_dist.explore", run, "--port", 0, *options)
+    assert server.stdout is not None
+    lines: list[str] = []
+    with server:
+        try:
+            while "http://" not in "".join(lines[-1:]):
+                lines.append(server.stdout.readline())
+                assert lines[-1], lines
+            yield lines
+        finally:
+            server.send_signal(signal.SIGINT)
+            rest, _ = server.communicate(timeout=20)
+    assert (server.returncode, rest) == (0, "")

@@ -78,6 +78,10 @@ ORDER = [
     "doctor.health",
     "doctor.network",
     "doctor.__main__",
+    "explore",
+    "explore.explorer",
+    "explore.app",
+    "explore.__main__",
     "__main__",
 ]
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "Look at a run": {
         "evaluate": "exact figures on the test images, log p(x) among them",
         "generate": "samples, reconstructions, traversals and interpolations as PNG",
+        "explore": "a page to play with: sliders, a drawing pad, interpolation",
     },
     "Give it to others": {
         "export": "encoder and decoder as ONNX files",
@@ -48,7 +49,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if command in names:
         from vae_dist.distributed import run_entry_point  # imports torch
 
-        module = importlib.import_module("vae_dist.doctor.__main__" if command == "doctor" else f"vae_dist.{command}")
+        is_package = command in ("doctor", "explore")
+        module = importlib.import_module(f"vae_dist.{command}.__main__" if is_package else f"vae_dist.{command}")
         run_entry_point(lambda: module.main(options))
     if command in ("-h", "--help", "--version"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `vae-dist | head` has seen enough
