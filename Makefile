@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling docs package verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling docs notebook package verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ docs: setup build/npm ## make a site of README and docs in build/site, every lin
 build/npm: Makefile
 	npm install --silent --no-save --no-audit --no-fund --prefix $@ katex@0.19.1 iframe-worker@1.0.4
 	@touch $@
+
+notebook: setup ## run examples/lesson.ipynb to its end, on MNIST too where VAE_DIST_DATA has it; some two minutes
+	$(BIN)/python -m pytest -rs -m slow tests/test_notebook.py -o addopts="--strict-markers --strict-config"
 
 package: setup ## build sdist and wheel into dist/, check them, and use the wheel from an empty folder; some two minutes
 	rm -rf dist

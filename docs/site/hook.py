@@ -1,6 +1,6 @@
 """MkDocs' hook. Pages lie in the site as they lie in the repository, so that a link between two of them is right in both.
 
-What a browser needs for formulas, and to search without a server, comes from npm packages, which `make docs` puts into build/npm.
+What a browser needs for formulas, and to search without a server, are npm packages: `make docs` puts them into build/npm.
 """
 
 import re
