@@ -14,11 +14,12 @@ from torch import Tensor
 from tests.browser import chromium
 from tests.helpers import Outcome, launch, write_idx_set
 from tests.object_storage import TEST, TRAIN, Server, Way, write_set
-from vae_dist import check, evaluate, export, generate, pack, train, upload, verify
+from vae_dist import check, dashboard, evaluate, export, generate, pack, train, upload, verify
 from vae_dist.data import glyphs
 from vae_dist.distributed import run_entry_point
 from vae_dist.doctor import __main__ as doctor
 from vae_dist.explore import __main__ as explore
+from vae_dist.report import __main__ as report
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +84,8 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     threads = torch.get_num_threads()
     mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
     mains |= {"check": check.main, "verify": verify.main, "pack": pack.main, "doctor": doctor.main}
-    mains |= {"export": export.main, "upload": upload.main, "explore": explore.main}
+    mains |= {"export": export.main, "upload": upload.main, "explore": explore.main, "report": report.main}
+    mains |= {"dashboard": dashboard.main}
 
     def run(name: str, *args: object) -> Outcome:
         capsys.readouterr()

@@ -1,5 +1,6 @@
 """A config comes from a file and then the command line, survives being saved, and refuses what is wrong by name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_options_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_parses_and_says_what_it_is(recipe: Path) -> None:
     config = parse(["--config", str(recipe)])
-    assert config.output == f"runs/{recipe.stem}"
+    assert (config.output, config.tracking.group) == (f"runs/{recipe.stem}", recipe.stem)
     assert recipe.read_text().startswith("# ")
     assert config.expect.low is not None
     assert config.expect.high is not None
@@ -57,8 +58,8 @@ def test_a_saved_config_fed_back_is_the_same(config: Config, tmp_path: Path) -> 
     assert from_mapping(to_mapping(config), "here") == config
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
-    assert parse(["--config", str(file), "--output", "x"]) == parse(["--config", str(file), "--output", "x"])
-    assert to_mapping(parse(["--config", str(file), "--output", "x"])) == to_mapping(config) | {"output": "x"}
+    named_by_the_file = replace(config, output="x", tracking=replace(config.tracking, group="y"))
+    assert parse(["--config", str(file), "--output", "x", "--tracking.group", "y"]) == named_by_the_file
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,9 @@ def check_wandb(run: Path) -> None:
     assert set(shown) == {row["step"] for row in rows}
     for row in rows:
         is_epoch = row["split"] == "train" and any(other["step"] == row["step"] for other in rows if other["split"] == "test")
-        group = "train_epoch" if is_epoch else row["split"]
+        chart = "train/epoch_" if is_epoch else f"{row['split']}/"
         for figure in ("loss", "bce", "kld", "n"):
-            assert shown[row["step"]][f"{group}/{figure}"] == pytest.approx(row[figure], rel=1e-9)
+            assert shown[row["step"]][f"{chart}{figure}"] == pytest.approx(row[figure], rel=1e-9)
         assert row["split"] == "train" or {"images/sample", "images/sample.path"} & shown[row["step"]].keys()
 
 

@@ -14,6 +14,7 @@ import torch
 
 from tests.helpers import ROOT, Outcome, environment, launch, records
 from tests.settings import SETTINGS
+from tests.wandb_file import offline_runs
 from vae_dist.tracking import read_rows
 
 Seen = dict[str, dict[str, Any]]
@@ -48,6 +49,19 @@ def test_sums_in_shared_memory_are_those_of_all_ranks(seen: dict[int, Any]) -> N
     for observed in seen.values():
         assert observed["shared memory"] == [0, 0, 0, 0]
         assert observed["memory that one rank cannot have"]
+
+
+def test_an_evaluation_finds_the_same_at_any_number_of_processes(seen: dict[int, Seen]) -> None:
+    """To the last bit: sums, histogram, and the worst images, of which each has its twin, the lower number first."""
+    one = seen[1]["evaluation"]
+    assert sum(one["mean_counts"]) == 1700 * 4
+    numbers, losses = zip(*one["worst"], strict=True)
+    assert list(losses) == sorted(losses, reverse=True)
+    assert len(set(losses)) == 4
+    assert [numbers[i] + numbers[i + 1] for i in (0, 2, 4, 6)] == [1699] * 4
+    assert all(numbers[i] < numbers[i + 1] for i in (0, 2, 4, 6))
+    for processes in (2, 3, 4):
+        assert seen[processes]["evaluation"] == one
 
 
 def test_a_step_is_replayed_only_where_all_ranks_have_recorded_it(seen: dict[int, Seen]) -> None:
@@ -132,7 +146,8 @@ def test_two_processes_make_one_run(options: list[object], tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert [done.stdout.count(f"epoch {epoch}/2:") for epoch in (1, 2)] == [1, 1]
     assert done.stdout.count("finished") == 1
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+    (wandb,) = offline_runs(tmp_path / "run")
+    assert wandb.tags == ["cpu", "2 processes", "fp32"]
     assert [row["step"] for row in records(tmp_path / "run")] == [4, 8, 8, 12, 16, 16]
     train = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
     assert all(row["communication_share"] > 0 for row in train)
@@ -142,6 +157,7 @@ def test_two_processes_make_one_run(options: list[object], tmp_path: Path) -> No
     assert one.returncode == 0, one.stderr
     assert [row["step"] for row in records(tmp_path / "run")] == [4, 8, 8, 12, 16, 16, 20, 24, 24]
     assert "epoch 3/3" in one.stdout
+    assert offline_runs(tmp_path / "run")[1].tags == ["cpu", "2 processes", "fp32", "1 process"]
 
 
 def test_torchrun_works_as_well_and_tells_its_efficiency(options: list[object], tmp_path: Path) -> None:

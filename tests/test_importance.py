@@ -195,6 +195,19 @@ def test_active_units_are_those_whose_mean_moves(accelerator: Accelerator) -> No
     assert evaluate(model, Resident(pixels), 0, accelerator).active_units == 2
 
 
+def test_of_fewer_images_than_eight_all_are_among_the_worst(accelerator: Accelerator) -> None:
+    """And nothing else: a pass is filled up with the first image."""
+    model = build_model(ModelConfig(hidden=(30,), latent_dim=4), (1, 28, 28), 0)
+    pixels, _ = glyphs.draw(0, 3)
+    for images in (pixels, pixels.flip(0)):
+        found = evaluate(model, Resident(images), 0, accelerator)
+        numbers, losses = zip(*found.worst, strict=True)
+        assert sorted(numbers) == [0, 1, 2]
+        assert list(losses) == sorted(losses, reverse=True)
+        assert sum(losses) == pytest.approx(found.sums.bce + found.sums.kld)
+        assert sum(found.mean_counts) == 3 * 4
+
+
 def test_the_entry_point_tells_and_keeps_all(finished: Path, command: Command) -> None:
     outcome = command("evaluate", finished, "--iw_samples", 40)
     assert outcome.status == 0, outcome.err

@@ -29,10 +29,10 @@ Command = Callable[..., Outcome]
 
 def test_a_run_leaves_what_the_contract_says(trained: Path) -> None:
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file() and "wandb" not in path.parts}
-    pictures = {f"images/{kind}_{epoch}.png" for kind in ("reconstruction", "sample") for epoch in (1, 2, 3)}
+    pictures = {f"images/{kind}_{epoch}.png" for kind in ("reconstruction", "sample", "traversal") for epoch in (1, 2, 3)}
     saved = {"config.json", "model.safetensors", "trainer.json", "trainer.safetensors"}
     checkpoints = {f"checkpoints/step_{step:08d}/{name}" for step in (8, 16, 24) for name in saved}
-    single = {"config.yaml", "metrics.jsonl", "config.json", "model.safetensors", "status.json", ".lock"}
+    single = {"config.yaml", "metrics.jsonl", "config.json", "model.safetensors", "status.json", "starts.jsonl", ".lock"}
     assert files == single | pictures | checkpoints
     status = json.loads((trained / "status.json").read_text())
     assert (status["state"], status["epoch"], status["step"], status["steps"]) == ("finished", 3, 24, 24)

@@ -38,7 +38,7 @@ def test_a_folder_holds_all_that_would_be_sent_and_can_be_loaded(trained: Path, 
     files = everything(tmp_path / "out")
     assert set(files) == {
         *("README.md", "config.json", "config.yaml", "evaluation.json", "metrics.jsonl", "model.safetensors"),
-        *("reconstruction.png", "sample.png"),
+        *("reconstruction.png", "sample.png", "traversal.png"),
     }
     assert files["sample.png"] == (run / "images" / "sample_3.png").read_bytes()
     assert torch.equal(vae_dist.load(tmp_path / "out").sample(2), vae_dist.load(run).sample(2))

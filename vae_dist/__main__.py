@@ -21,7 +21,9 @@ COMMANDS = {
     "Look at a run": {
         "evaluate": "exact figures on the test images, log p(x) among them",
         "generate": "samples, reconstructions, traversals and interpolations as PNG",
+        "report": "one page about a run, or about several side by side",
         "explore": "a page to play with: sliders, a drawing pad, interpolation",
+        "dashboard": "save the W&B dashboard of all runs to a project",
     },
     "Give it to others": {
         "export": "encoder and decoder as ONNX files",
@@ -49,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if command in names:
         from vae_dist.distributed import run_entry_point  # imports torch
 
-        is_package = command in ("doctor", "explore")
+        is_package = command in ("doctor", "explore", "report")
         module = importlib.import_module(f"vae_dist.{command}.__main__" if is_package else f"vae_dist.{command}")
         run_entry_point(lambda: module.main(options))
     if command in ("-h", "--help", "--version"):

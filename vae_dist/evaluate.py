@@ -20,7 +20,7 @@ from vae_dist.checkpoint import write_atomically
 from vae_dist.config import DataConfig, InputError
 from vae_dist.data import as_images, rows_at_once
 from vae_dist.data.images import Images, Resident, first_images
-from vae_dist.data.order import Partition
+from vae_dist.data.order import FILLER, Partition
 from vae_dist.data.own import OwnImages, is_black_and_white, own_images
 from vae_dist.distributed import on_first_rank, run_entry_point, say, sum_over_ranks, together
 from vae_dist.importance import PartialFile, log_marginals
@@ -30,14 +30,29 @@ from vae_dist.model import VAE, Output, reparameterize
 from vae_dist.noise import Stream, derive_key, normal
 from vae_dist.objective import Sums, kl_by_dimension, negative_elbo
 from vae_dist.options import command_line
-from vae_dist.posterior import ACTIVE_VARIANCE, active_units, mutual_information
+from vae_dist.posterior import (
+    ACTIVE_VARIANCE,
+    COLLAPSED,
+    MEAN_BINS,
+    active_units,
+    bins_of_means,
+    mutual_information,
+)
 from vae_dist.progress import no_bar
 from vae_dist.run import RunFolder, is_checkpoint, load_model
 from vae_dist.starting import start, surroundings_kept
-from vae_dist.tracking import summarise
+from vae_dist.wandb_run import summarise
 
 # Rows of every forward pass, whatever the number of ranks: an image's figure then never depends on who else evaluates.
 _MOST_ROWS = 500
+_WORST = 8
+
+
+class ImageLoss(NamedTuple):
+    """The loss of one image."""
+
+    number: int  # of the image, in its set
+    loss: float  # nats
 
 
 class Evaluation(NamedTuple):
@@ -47,6 +62,8 @@ class Evaluation(NamedTuple):
     stderr: float  # of the mean loss over images
     kld_per_dim: list[float]  # means over images
     active_units: int
+    mean_counts: list[int]  # posterior means of all images and dimensions, counted by `posterior.bins_of_means`
+    worst: list[ImageLoss]  # the eight highest; of equal ones the lower number first
 
 
 @torch.no_grad()
@@ -61,6 +78,8 @@ def evaluate(model: VAE, images: Images, seed: int, accelerator: Accelerator, pr
     order = torch.arange(len(images), device=images.device)
     key = derive_key(seed, Stream.EVALUATION)
     totals = torch.zeros(4 + 3 * model.latent_dim, dtype=torch.float64, device=images.device)
+    counts = totals.new_zeros(MEAN_BINS)
+    losses = []
     mine = partition.of_rank(order, accelerator.process_index).flatten(1)
     quiet = no_bar(progress and accelerator.is_main_process)
     for indices, pixels in zip(tqdm(mine, desc="evaluating", disable=quiet), images.stream(mine), strict=True):
@@ -74,16 +93,34 @@ def evaluate(model: VAE, images: Images, seed: int, accelerator: Accelerator, pr
         means = posterior.mean.T.double()
         columns = torch.cat([sums, kl_by_dimension(*posterior).T.double(), means, means.square()])
         totals += (columns * weights).sum(1)
-    (bce, kld, squares, n), by_dimension = _cut(sum_over_ranks(accelerator, totals))
-    variance = max(0.0, squares / n - ((bce + kld) / n) ** 2)
-    kld_per_dim, of_means, of_squares = by_dimension.view(3, -1)
-    stderr = math.sqrt(variance / n)
-    return Evaluation(Sums(bce, kld, n), stderr, (kld_per_dim / n).tolist(), active_units(of_means, of_squares, n))
+        bins = bins_of_means(posterior.mean)
+        counts.index_add_(0, bins.flatten(), weights.double().repeat_interleave(model.latent_dim))
+        losses.append(terms.loss)
+    gathered = totals.new_zeros(ranks, 2, _WORST)  # every rank adds to zeros what is its own: a sum that is exact
+    gathered[accelerator.process_index] = _highest(torch.cat(losses), mine.flatten())
+    added = torch.tensor(sum_over_ranks(accelerator, torch.cat([totals, counts, gathered.flatten()])), dtype=torch.float64)
+    return _evaluation(*torch.split(added, [len(totals), MEAN_BINS, gathered.numel()]))
 
 
-def _cut(totals: list[float]) -> tuple[list[float], Tensor]:
-    """The four sums, and those by latent dimension."""
-    return totals[:4], torch.tensor(totals[4:], dtype=torch.float64)
+def _highest(losses: Tensor, indices: Tensor) -> Tensor:
+    """The images of the highest losses, (2, 8) in float64: their indices, FILLER where there are fewer, and the losses."""
+    order = losses.masked_fill(indices < 0, -torch.inf).sort(descending=True, stable=True).indices[:_WORST]
+    found = torch.full((2, _WORST), FILLER, dtype=torch.float64, device=losses.device)
+    found[:, : len(order)] = torch.stack([indices[order].double(), losses[order].double()])
+    return found
+
+
+def _evaluation(totals: Tensor, counts: Tensor, highest: Tensor) -> Evaluation:
+    """From float64 sums over all images on the host, and what `_highest` found on each rank, (ranks * 2 * 8)."""
+    bce, kld, squares, n = totals[:4].tolist()
+    kld_per_dim, of_means, of_squares = totals[4:].view(3, -1)
+    stderr = math.sqrt(max(0.0, squares / n - ((bce + kld) / n) ** 2) / n)
+    candidates = [
+        ImageLoss(int(index), loss) for index, loss in highest.view(-1, 2, _WORST).mT.flatten(0, 1).tolist() if index >= 0
+    ]
+    worst = sorted(candidates, key=lambda image: (-image.loss, image.number))[:_WORST]
+    active = active_units(of_means, of_squares, n)
+    return Evaluation(Sums(bce, kld, n), stderr, (kld_per_dim / n).tolist(), active, counts.long().tolist(), worst)
 
 
 @dataclass(frozen=True)
@@ -208,7 +245,7 @@ def table(record: dict[str, Any], model: VAE, is_binary: bool) -> str:
         f"kld by dimension {' '.join(f'{kld:.2f}' for kld in sorted(record['kld_per_dim'], reverse=True))}",
     ]
     if active == 0:
-        lines.append("ALARM: the posterior has collapsed: no latent dimension tells anything of the image")
+        lines.append(f"ALARM: {COLLAPSED}")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from vae_dist.data.own import OwnImages, own_images
 from vae_dist.distributed import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    TrainingFailed,
     from_first_rank,
     in_words,
     on_first_rank,
@@ -28,10 +29,12 @@ from vae_dist.loading import load_images, on_device
 from vae_dist.model import VAE, build_model, seeded
 from vae_dist.options import flat, program, python, require_same_run
 from vae_dist.own_modules import require_sound
+from vae_dist.provenance import record_start
 from vae_dist.run import RunFolder, State, described_config
 from vae_dist.starting import start, surroundings_kept
-from vae_dist.tracking import Row, RunTracker, Tracker, read_rows, wandb_mode
+from vae_dist.tracking import Row, RunTracker, Tracker, read_rows
 from vae_dist.trainer import Trainer
+from vae_dist.wandb_server import wandb_mode
 
 
 class Result(NamedTuple):
@@ -123,7 +126,8 @@ def _described(config: Config, has_own_images: bool, own_model: VAE | None) -> C
         config = replace(config, data=replace(config.data, name="own"))
     if own_model is not None:
         config = replace(config, model=ModelConfig(kind="own", likelihood="own", latent_dim=own_model.latent_dim))
-    return replace(config, output=config.output or f"runs/{config.data.name}")
+    tracking = replace(config.tracking, group=config.tracking.group or config.data.name)
+    return replace(config, output=config.output or f"runs/{config.data.name}", tracking=tracking)
 
 
 def _sides(config: Config, accelerator: Accelerator, own: tuple[Images, Images] | None) -> tuple[Images, Images]:
@@ -151,6 +155,7 @@ def _train(trainer: Trainer, source: Path | None, mode: str, baseline: float | N
     if source is not None:
         say(accelerator, f"going on from {source}: {trainer.epoch} epochs, {trainer.progress.step} steps")
     on_first_rank(accelerator, lambda: run.save_config(config))
+    record_start(trainer)
     tracker = on_first_rank(accelerator, lambda: RunTracker(accelerator, run, config, mode, trainer.progress.step))
     trainer.tracker = tracker or Tracker()
     return _run(trainer, accelerator, baseline)
@@ -202,6 +207,8 @@ def _run(trainer: Trainer, accelerator: Accelerator, baseline: float | None) -> 
         on_first_rank(accelerator, lambda: trainer.set_status(state, f"{trainer.epoch} epochs are done"))
         status = 0 if completed else EXIT_INTERRUPTED
     except BaseException as error:
+        if isinstance(error, TrainingFailed):
+            trainer.tracker.alert("training failed", in_words(error))
         if accelerator.is_main_process:
             with contextlib.suppress(OSError):  # a full disk may be why
                 trainer.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", in_words(error))
@@ -229,6 +236,7 @@ def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
     ]
     if "own" not in (trainer.config.data.name, trainer.config.model.kind):  # else no command has the images, or the modules
         lines += [f"  {name:13}{program(f'vae_dist.{name}')} {path}" for name in ("evaluate", "generate")]
+    lines.append(f"  report       {program('vae_dist.report')} {path}")
     processes = trainer.accelerator.num_processes
     if baseline is not None and trainer.epoch_speeds and processes > 1:
         speed = statistics.median(trainer.epoch_speeds)

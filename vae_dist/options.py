@@ -70,7 +70,9 @@ def parse(args: Sequence[str], module: str = "vae_dist.train", description: str 
                 print(f"(these options were read from {file})", file=sys.stderr)
             raise
     config = command_line(Config, module, _in_python_words(options), config, description)
-    return replace(config, output=config.output or f"runs/{name or config.data.name}")
+    name = name or config.data.name
+    tracking = replace(config.tracking, group=config.tracking.group or name)
+    return replace(config, output=config.output or f"runs/{name}", tracking=tracking)
 
 
 def _show_help(topic: str, module: str, description: str) -> NoReturn:

@@ -1,11 +1,19 @@
 """How fast a run is, and where the time of its steps goes: marks that cost next to nothing and wait for nothing."""
 
+import resource
 import time
 from collections import defaultdict
 
 import torch
 
 PARTS = ("data", "compute", "communication")
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that torch has taken of a GPU, or this process of its machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Laps:

@@ -10,8 +10,9 @@ from torch import Tensor
 from vae_dist.checkpoint import write_atomically
 from vae_dist.model import VAE
 
-_GAP = 2  # black pixels between images
-RECONSTRUCTIONS, SAMPLES = 8, 64
+GAP = 2  # black pixels between images
+RECONSTRUCTIONS = 8
+_SAMPLES = 64
 _COLUMNS = 11  # of traversals and interpolations
 _REACH = 3.0  # of traversals, in standard deviations of the prior
 _MOST_DIMENSIONS = 32  # of traversals
@@ -21,25 +22,34 @@ def grid(images: Tensor, columns: int) -> Tensor:
     """Images in [0, 1], (n, channels, height, width), row by row as one uint8 picture (rows, columns, channels)."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
-    cells = images.new_zeros(rows * columns, channels, height + _GAP, width + _GAP)
+    cells = images.new_zeros(rows * columns, channels, height + GAP, width + GAP)
     cells[:n, :, :height, :width] = images
-    picture = cells.view(rows, columns, channels, height + _GAP, width + _GAP).permute(0, 3, 1, 4, 2)
-    picture = picture.reshape(rows * (height + _GAP), columns * (width + _GAP), channels)[:-_GAP, :-_GAP]
+    picture = cells.view(rows, columns, channels, height + GAP, width + GAP).permute(0, 3, 1, 4, 2)
+    picture = picture.reshape(rows * (height + GAP), columns * (width + GAP), channels)[:-GAP, :-GAP]
     return picture.mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def as_pil(picture: Tensor) -> Image.Image:
+    """A uint8 picture (rows, columns, 1 or 3 channels) as Pillow has it."""
+    return Image.fromarray(picture.squeeze(-1).contiguous().numpy())
 
 
 def save_png(file: Path, picture: Tensor) -> None:
     """Writes a uint8 picture (rows, columns, 1 or 3 channels)."""
-    array = picture.squeeze(-1).contiguous()
     content = io.BytesIO()
-    Image.fromarray(array.numpy()).save(content, format="png")
+    as_pil(picture).save(content, format="png")
     write_atomically(file, content.getvalue())
 
 
 @torch.no_grad()
+def reconstructed(model: VAE, images: Tensor) -> Tensor:
+    """Images in [0, 1], (n, *image_shape), decoded from the mean of their posterior."""
+    return model.decode(model.encode(images).mean)
+
+
 def reconstructions(model: VAE, images: Tensor) -> Tensor:
-    """Images in [0, 1], (n, *image_shape), over their reconstructions from the posterior's mean, as a grid of two rows."""
-    return grid(torch.cat([images, model.decode(model.encode(images).mean)]), columns=len(images))
+    """Images in [0, 1], (n, *image_shape), over their reconstructions, as a grid of two rows."""
+    return grid(torch.cat([images, reconstructed(model, images)]), columns=len(images))
 
 
 def samples(model: VAE, n: int, seed: int) -> Tensor:
@@ -69,3 +79,12 @@ def interpolations(model: VAE, images: Tensor) -> Tensor:
     way = torch.linspace(0, 1, _COLUMNS).unsqueeze(1)
     latents = start + (start.roll(-1, dims=0) - start) * way
     return grid(model.decode_all(latents.flatten(0, 1)), _COLUMNS)
+
+
+def of_epoch(model: VAE, images: Tensor, seed: int) -> dict[str, Tensor]:
+    """The pictures that a run keeps of each epoch, by the names of their files; `images` are the first of the test images."""
+    return {
+        "reconstruction": reconstructions(model, images),
+        "sample": samples(model, _SAMPLES, seed),
+        "traversal": traversals(model, images[:1]),
+    }

@@ -14,6 +14,8 @@ from vae_dist.model import VAE
 from vae_dist.noise import Stream, derive_key, normal
 
 ACTIVE_VARIANCE = 0.01  # of a unit's posterior mean over the data, above which it is active: Burda et al. 2016, section 5.2
+COLLAPSED = "the posterior has collapsed: no latent dimension tells anything of the image"
+MEAN_BINS, MEAN_REACH = 64, 4.0
 _ROWS = 500
 _MOST_IMAGES = 10_000  # the mutual information is of every image with every other
 
@@ -22,6 +24,12 @@ def active_units(sums: Tensor, squares: Tensor, n: float) -> int:
     """How many latent dimensions respond to the image, from float64 sums over n images of posterior means and their squares."""
     variance = squares / n - (sums / n).square()
     return int((variance > ACTIVE_VARIANCE).sum())
+
+
+def bins_of_means(means: Tensor) -> Tensor:
+    """The bin of each posterior mean, int64 of the same shape: 64 alike from -4 to 4, the outermost open to their side."""
+    bins = (means + MEAN_REACH) * (MEAN_BINS / (2 * MEAN_REACH))
+    return bins.clamp(0, MEAN_BINS - 1).long().clamp_(min=0)  # what is no number is no bin either: it goes to the first
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from vae_dist.model import VAE
 from vae_dist.options import from_mapping, require_same_run, to_mapping, to_yaml
 
 State = Literal["running", "finished", "interrupted", "failed"]
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"  # of UTC
 
 
 class RunFolder:
@@ -31,6 +32,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.starts = self.path / "starts.jsonl"
         self.images = self.path / "images"
         self.evaluation = self.path / "evaluation.json"
         self.evaluation_so_far = self.path / "evaluation.safetensors"
@@ -93,25 +95,26 @@ class RunFolder:
 
     def set_status(self, state: State, reason: str, **figures: int) -> None:
         """Says how the run stands, for schedulers: a launcher of several processes turns every exit status into 1."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        moment = time.strftime(TIME_FORMAT, time.gmtime())
         status = {"state": state, "reason": reason, **figures, "time": moment}
         checkpoint.write_atomically(self._status, json.dumps(status) + "\n")
 
-    def state(self) -> str:
-        """The state last set; empty where none was."""
-        return str(self._last_status().get("state", ""))
-
-    def was_enough(self, step: int, steps: int) -> bool:
-        """Whether a run of so many steps was finished after fewer, since a callback had enough."""
-        status = self._last_status()
-        return (status.get("state"), status.get("step"), status.get("steps")) == ("finished", step, steps)
-
-    def _last_status(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
+        """What `set_status` last said; empty where nothing was said, or it cannot be read."""
         try:
             status = json.loads(self._status.read_text())
         except (OSError, ValueError, RecursionError):
             return {}
         return status if isinstance(status, dict) else {}
+
+    def state(self) -> str:
+        """The state last set; empty where none was."""
+        return str(self.status().get("state", ""))
+
+    def was_enough(self, step: int, steps: int) -> bool:
+        """Whether a run of so many steps was finished after fewer, since a callback had enough."""
+        status = self.status()
+        return (status.get("state"), status.get("step"), status.get("steps")) == ("finished", step, steps)
 
     def save_model(self, config: Config, model: VAE) -> None:
         """Writes the final weights and their description: all that anybody needs to use the model."""

@@ -201,3 +201,9 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
     }
+
+
+def cpu_name() -> str:
+    """The processor as it calls itself, or its architecture."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

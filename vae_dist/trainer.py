@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from vae_dist import checkpoint, pictures
 from vae_dist.callbacks import Callback
+from vae_dist.charts import closeup
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import Config, InputError, deterministic_rows
 from vae_dist.data import as_images
 from vae_dist.data.images import Images, first_images
 from vae_dist.data.order import Partition, even_rows
 from vae_dist.distributed import TrainingFailed, on_first_rank, sum_over_ranks
-from vae_dist.evaluate import evaluate
+from vae_dist.evaluate import Evaluation, evaluate
 from vae_dist.guards import REMEDY, DriftGuard, divergence
 from vae_dist.likelihoods import remark
 from vae_dist.model import VAE
@@ -235,8 +236,9 @@ class Trainer:
         found = evaluate(self.result, self.test, self.config.seed, self.accelerator)
         self._require_finite(math.isfinite(found.sums.bce + found.sums.kld), "the test loss")
         times = {"test_seconds": round(time.perf_counter() - start, 3)}
-        test = self._row("test", epoch, found.sums) | {"kld_per_dim": found.kld_per_dim} | times
-        on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test))
+        posterior = {"kld_per_dim": found.kld_per_dim, "active_units": found.active_units}
+        test = self._row("test", epoch, found.sums) | posterior | times
+        on_first_rank(self.accelerator, lambda: self._record_epoch(epoch, train, test, found))
         self.progress.epoch_sums = self.progress.window_sums = Sums()
         self.save()
         if self._callbacks:
@@ -244,14 +246,12 @@ class Trainer:
             mine = torch.tensor([float(any(enough))], dtype=torch.float64, device=self.accelerator.device)
             self._is_enough = sum_over_ranks(self.accelerator, mine) > [0.0]
 
-    def _record_epoch(self, epoch: int, train: Row, test: Row) -> None:
+    def _record_epoch(self, epoch: int, train: Row, test: Row, found: Evaluation) -> None:
         """Rank zero only."""
         images = as_images(first_images(self.test, pictures.RECONSTRUCTIONS))
-        reconstructions = pictures.reconstructions(self.result, images)
-        samples = pictures.samples(self.result, pictures.SAMPLES, self.config.seed)
-        pictures.save_png(self.run.images / f"reconstruction_{epoch}.png", reconstructions)
-        pictures.save_png(self.run.images / f"sample_{epoch}.png", samples)
-        self.tracker.log(train, test)
+        for name, picture in pictures.of_epoch(self.result, images, self.config.seed).items():
+            pictures.save_png(self.run.images / f"{name}_{epoch}.png", picture)
+        self.tracker.log(train, test, closeup=lambda: closeup(self.result, self.test, found.mean_counts, found.worst))
         is_binary = self.config.data.binarize != "none"
         note = remark(self.model.likelihood, is_binary, test["loss"], self.model.image_shape)
         print(
@@ -286,7 +286,11 @@ class Trainer:
 
     def save_final(self) -> None:
         """Writes the weights and their description where anybody looks for them first."""
-        on_first_rank(self.accelerator, lambda: self.run.save_model(self.config, self.result))
+        on_first_rank(self.accelerator, self._save_final)
+
+    def _save_final(self) -> None:
+        self.run.save_model(self.config, self.result)
+        self.tracker.keep_model()
 
     def resume(self, folder: Path) -> None:
         """Goes on from a checkpoint. Raises InputError where it is damaged or of another model, or the data set changed."""

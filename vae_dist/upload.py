@@ -25,7 +25,11 @@ from vae_dist.tracking import Row, read_rows
 
 _FILES = ("model.safetensors", "metrics.jsonl", "evaluation.json")
 _OF_TRAINING = ("data", "model", "objective", "optimizer", "trainer")  # sections that say how the weights came about
-_PICTURES = {"reconstruction": "Test images over their reconstructions", "sample": "Samples from the prior"}
+_PICTURES = {
+    "reconstruction": "Test images over their reconstructions",
+    "sample": "Samples from the prior",
+    "traversal": "One test image; each row moves one latent dimension",
+}
 
 
 @dataclass(frozen=True)

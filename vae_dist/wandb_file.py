@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _FILE_HEADER = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 _BLOCK = 32 * 1024
@@ -26,10 +26,23 @@ def records(file: Path) -> Iterator[Any]:
         yield record
 
 
-def last_step(folder: Path) -> int:
-    """The last optimizer step in the files of all W&B runs below a folder, online ones too; 0 where there is none."""
-    files = folder.glob("*run-*/*.wandb")
-    return max((r.history.step.num for file in files for r in records(file) if r.HasField("history")), default=0)
+class Earlier(NamedTuple):
+    """What W&B's files know of a run."""
+
+    step: int  # the last optimizer step; 0 where there is none
+    tags: list[str]
+
+
+def earlier(folder: Path) -> Earlier:
+    """From the files of all W&B runs below a folder, online ones too."""
+    step, tags = 0, dict[str, None]()
+    for file in sorted(folder.glob("*run-*/*.wandb")):
+        for record in records(file):
+            if record.HasField("history"):
+                step = max(step, record.history.step.num)
+            if record.HasField("run"):
+                tags |= dict.fromkeys(record.run.tags)
+    return Earlier(step, list(tags))
 
 
 def _contents(log: bytes) -> Iterator[bytes]:

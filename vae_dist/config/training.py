@@ -103,6 +103,10 @@ class TrackingConfig:
     """Weights & Biases; `auto` is online where a key is configured, else offline."""
     project: str = "vae_dist"
     """W&B project."""
+    group: str = ""
+    """W&B group, under which runs lie together; empty: name of the config file, or of the data set."""
+    artifact: bool = False
+    """Give W&B the final model too, as an artifact."""
     baseline: str | None = None
     """Folder of a run of the same job on one process: a run on several ends by telling how much faster it was."""
     log_every: int = 50

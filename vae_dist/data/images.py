@@ -22,6 +22,7 @@ class Images(ABC):
 
     shape: tuple[int, ...]  # channels, height, width
     device: torch.device = torch.device("cpu")
+    labels: Tensor | None = None  # int64 (n,) on the host, of a set that has them
 
     @abstractmethod
     def __len__(self) -> int: ...

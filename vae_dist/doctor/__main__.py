@@ -23,7 +23,7 @@ from vae_dist.doctor.meeting import Abandoned, Fault, Meeting, MeetingOver
 from vae_dist.doctor.network import all_reduce, clocks, group, network, speed
 from vae_dist.options import parse
 from vae_dist.run import RunFolder
-from vae_dist.tracking import ask_wandb, wandb_mode
+from vae_dist.wandb_server import ask_wandb, wandb_mode
 
 _DESCRIPTION = """Look whether all is there that a training with these options needs, on every rank, and say what to do about
 each fault. Start it as the training would be started. Status 0: no fault, 1: a fault, 2: wrong options."""

@@ -7,7 +7,6 @@ answer.
 import contextlib
 import math
 import os
-import platform
 import resource
 import shutil
 from collections import Counter
@@ -26,7 +25,7 @@ from vae_dist.distributed import differences_in
 from vae_dist.doctor.meeting import Fault, Meeting
 from vae_dist.model import VAE
 from vae_dist.options import flat
-from vae_dist.starting import check_launch, is_on_cpu, local_processes, require_hardware, versions
+from vae_dist.starting import check_launch, cpu_name, is_on_cpu, local_processes, require_hardware, versions
 
 _FEW_FILES, _LITTLE_SHM = 1024, 512 << 20
 
@@ -149,14 +148,12 @@ def _device(config: Config) -> dict[str, Any]:
     require_hardware(config.trainer)
     driver = Path("/proc/driver/nvidia/version")
     if is_on_cpu():
-        cpu = Path("/proc/cpuinfo").read_text()
-        model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
         problem = ""
-        if config.trainer.precision == "bf16" and "bf16" not in cpu.lower():
+        if config.trainer.precision == "bf16" and "bf16" not in Path("/proc/cpuinfo").read_text().lower():
             problem = "this CPU has no bf16 arithmetic, so that it is slower than fp32"
         elif driver.exists() and not torch.cuda.is_available():
             problem = f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: look at CUDA_VISIBLE_DEVICES"
-        return {"type": "cpu", "name": f"CPU {model or platform.machine()}", "id": "", "problem": problem}
+        return {"type": "cpu", "name": f"CPU {cpu_name()}", "id": "", "problem": problem}
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
