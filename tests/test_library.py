@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -137,8 +138,10 @@ def test_own_modules_are_loaded_with_the_function_that_built_them(tmp_path: Path
     assert found["nll"] < found["loss"]
 
 
-def test_what_is_measured_is_what_evaluate_finds(trained: Path, small_root: Path, command: Callable[..., Outcome]) -> None:
-    outcome = command("evaluate", trained)
+def test_what_is_measured_is_what_evaluate_finds(
+    trained: Path, small_root: Path, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = command("evaluate", shutil.copytree(trained, tmp_path / "run"))
     images = resident(DataConfig(root=str(small_root)), train=False).pixels
     assert f"test loss {vae_dist.measure(vae_dist.load(trained), images)['loss']:.4f} " in outcome.out
     assert vae_dist.measure(vae_dist.load(trained), (images > 127).to(torch.uint8) * 255)["is_log_likelihood"]

@@ -91,7 +91,6 @@ def test_the_curves_are_the_rows_over_images_epochs_or_minutes(trained: Path, pa
 
 
 def test_every_epochs_pictures_are_on_the_page_the_last_ones_seen(run: Path, command: Command) -> None:
-    shutil.copy(run / "images" / "sample_1.png", run / "images" / "traversal_2.png")
     shutil.copy(run / "images" / "sample_1.png", run / "images" / "something_else_3.png")
     (run / "images" / "notes.txt").write_text("of a user")
     page = reported(command, run)
@@ -102,13 +101,13 @@ def test_every_epochs_pictures_are_on_the_page_the_last_ones_seen(run: Path, com
         with Image.open(file) as picture:
             size = (str(picture.width), str(picture.height))
         assert all((each.attributes["width"], each.attributes["height"]) == size for each in shown)
-        is_last = file.stem in ("reconstruction_3", "sample_3", "traversal_2", "something_else_3")
+        is_last = file.stem in ("reconstruction_3", "sample_3", "traversal_3", "something_else_3")
         assert {"hidden" in each.attributes for each in shown} == {not is_last} | ({True} if file.stem == "sample_1" else set())
     losses = [row["loss"] for row in records(run) if row["split"] == "test"]
     words = [each.attributes["data-words"] for each in page.all("img") if "Samples" in (each.attributes["alt"] or "")]
     assert words == [f"epoch {epoch}, test loss {loss:.2f}" for epoch, loss in enumerate(losses, start=1)]
     sliders = page.all("input", type="range")
-    assert [(each.attributes["max"], each.attributes["data-epochs"]) for each in sliders] == [("2", "[1, 2, 3]")] * 2
+    assert [(each.attributes["max"], each.attributes["data-epochs"]) for each in sliders] == [("2", "[1, 2, 3]")] * 3
     headings = [each.text for each in page.all("h3")]
     assert {"Reconstructions", "Samples", "Traversals", "something_else"} <= set(headings)
 
@@ -120,7 +119,7 @@ def test_every_picture_is_whole_and_has_words_for_who_cannot_see_it(trained: Pat
             assert f"data:image/{(picture.format or '').lower()}" == kind
             picture.load()
         assert each.attributes["alt"] or each.attributes["id"] == "sheet-1", "which is never seen as a whole"
-    assert len(images) == 3 + 3 + 1 + 1 + 12
+    assert len(images) == 3 + 3 + 3 + 1 + 8
 
 
 def test_the_page_asks_no_other_host_and_says_so_to_the_browser(trained: Path, page: HtmlPage) -> None:
@@ -263,7 +262,7 @@ def test_without_the_data_set_all_else_is_there(run: Path, command: Command, tmp
         assert "None: --data.name mnist: train-images-idx3-ubyte is missing" in section(page, anchor)
     assert "Latent map (PCA)" not in page.figures()
     assert {"Loss", "KL by latent dimension", "Images per second"} <= page.figures().keys()
-    assert len(page.all("img")) == 6
+    assert len(page.all("img")) == 9
     assert "not a log-likelihood; n = 300" in page.one("header").text
 
 

@@ -45,7 +45,9 @@ def curve(runs: Sequence[Facts], figure: str, unit: str, height: int = LOW) -> g
 def step_curve(runs: Sequence[Facts], figure: str, unit: str, is_log: bool = False) -> go.Figure:
     """A figure of single training steps."""
     drawn = _curves(runs, figure, unit, LOW, {"training": _training})
-    drawn.update_yaxes({"type": "log", "dtick": "D2"} if is_log else {"rangemode": "tozero", "exponentformat": "power"})
+    drawn.update_yaxes(
+        {"type": "log", "tickformat": "~s", "nticks": 6} if is_log else {"rangemode": "tozero", "exponentformat": "power"}
+    )
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""What the model makes of the test images: a map of its latents, its worst reconstructions, a traversal."""
+"""What the model makes of the test images: a map of its latents, and its worst reconstructions."""
 
 import importlib
 import importlib.util
@@ -15,7 +15,7 @@ from vae_dist.data import as_images, rows_at_once
 from vae_dist.data.images import Images
 from vae_dist.evaluate import ImageLoss, evaluate
 from vae_dist.model import VAE
-from vae_dist.pictures import grid, reconstructed, traversals
+from vae_dist.pictures import grid, reconstructed
 
 _MOST_IMAGES = 5000  # looked at: a map of more is no clearer, and slow to draw
 _MOST_ROWS = 500  # of a forward pass
@@ -42,7 +42,6 @@ class Insight(NamedTuple):
     thumbnails: Tensor  # uint8 (height, width, channels): the images as a grid, `SHEET_COLUMNS` in a row
     side: tuple[int, int]  # height and width of a thumbnail
     worst: list[Worst]
-    traversal: Tensor  # as `pictures.traversals` of the first image
 
 
 @torch.no_grad()
@@ -65,7 +64,6 @@ def look(model: VAE, images: Images, seed: int, accelerator: Accelerator) -> Ins
         thumbnails=grid(small, SHEET_COLUMNS),
         side=(small.shape[2], small.shape[3]),
         worst=_worst(model, images, evaluate(model, images, seed, accelerator).worst),
-        traversal=traversals(model, as_images(images.rows(torch.zeros(1, dtype=torch.int64, device=images.device)))),
     )
 
 

@@ -15,12 +15,12 @@ from vae_dist.report.markup import Html, data_address, element, embedded_json, j
 _KINDS = {
     "reconstruction": ("Reconstructions", "Test images over what the model makes of them."),
     "sample": ("Samples", "Decoded from the prior: the same latents in every epoch."),
-    "traversal": ("Traversals", "Each row moves one latent dimension alone."),
+    "traversal": (
+        "Traversals",
+        "Each row moves one latent dimension alone from -3 to 3 around the posterior mean of the first test image; the rows "
+        "begin with the dimension in which its posterior tells most.",
+    ),
 }
-_OF_ONE_IMAGE = (
-    "Each row moves one latent dimension alone from -3 to 3 around the posterior mean of the first test image; the rows begin "
-    "with the dimension in which its posterior tells most."
-)
 # Of training steps: title, name in the rows, unit, whether the axis is logarithmic.
 _STEP_FIGURES: tuple[tuple[str, str, str, bool], ...] = (
     ("Norm of the gradient", "grad_norm", "of the summed loss", True),
@@ -152,11 +152,9 @@ def latent_space(subjects: Sequence[Subject], plots: Plots) -> Html:
             spectra.append(plots.add(figures.kl_over_epochs(run), titled(title, run, runs), caption))
     sheets = _Sheets()
     maps = [each for subject in subjects for each in _maps(subject, runs, plots, sheets)]
-    moved = [_traversal(subject, runs) for subject in subjects if "traversal" not in subject.facts.pictures]
-    found = [each for each in moved if each is not None]
     if len(runs) == 1:
-        return joined([element("div", *spectra, class_="pair"), element("div", *maps, *found, class_="pair")])
-    return joined([element("div", *spectra, *maps, class_="pair"), element("div", *found, class_="row")])
+        return joined([element("div", *spectra, class_="pair"), element("div", *maps, class_="pair")])
+    return element("div", *spectra, *maps, class_="pair")
 
 
 def titled(title: str, run: Facts, runs: Sequence[Facts]) -> str:
@@ -199,14 +197,6 @@ def _maps(subject: Subject, runs: Sequence[Facts], plots: Plots, sheets: _Sheets
         plots.add(figures.latent_map(insight, way), titled(f"Latent map ({way})", run, runs), caption, sheets.place(insight))
         for way, caption in captions.items()
     ]
-
-
-def _traversal(subject: Subject, runs: Sequence[Facts]) -> Html | None:
-    if subject.insight is None:
-        return None
-    title = element("h3", titled("Traversals", subject.facts, runs))
-    drawn = picture(subject.insight.traversal, alt=f"Latent traversals of {subject.facts.name}")
-    return element("figure", title, drawn, element("figcaption", _OF_ONE_IMAGE), class_="still")
 
 
 def worst(subject: Subject) -> Html:
