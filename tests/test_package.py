@@ -97,7 +97,7 @@ def test_the_sdist_runs_its_own_tests(tmp_path: Path) -> None:
         "-m",
         "pytest",
         "-q",
-        *[f"tests/test_{name}.py" for name in ("house", "config", "docs", "links")],
+        *[f"tests/test_{name}.py" for name in ("house", "config", "docs", "pages")],
         cwd=folder,
     )
     assert " passed" in words

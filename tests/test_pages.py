@@ -1,12 +1,14 @@
-"""The links of every page: what they name is there. Pages are read on GitHub and on the documentation site alike."""
+"""The pages: what a link names is there, and what a command says is accepted. They are read on GitHub and on the site alike."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import ROOT
 from vae_dist.__main__ import COMMANDS
+from vae_dist.options import parse
 
 PAGES = sorted(path for part in ("*.md", "docs/**/*.md", "launch/*.md", ".github/**/*.md") for path in ROOT.glob(part))
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
@@ -59,3 +61,23 @@ def test_every_command_is_in_the_reference() -> None:
         r"^## (.+)\n\n<!-- vae-dist \1 --help -->$", (ROOT / "docs/reference/commands.md").read_text(), re.MULTILINE
     )
     assert set(shown) == {name for group in COMMANDS.values() for name in group}
+
+
+def trainings(page: Path) -> list[list[str]]:
+    """The options of every whole command on a page that starts a training."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"(?:vae-dist train|-m vae_dist\.train) (--[^`\n#]*)", text)
+    whole = [line for line in lines if not re.search(r"…|\.\.\.|\[|--help|\bFILE\b", line)]
+    return [shlex.split(line.replace("$seed", "0")) for line in whole]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if trainings(page)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_training_on_a_page_has_options_that_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for options in trainings(page):
+        parse(options)
+
+
+def test_trainings_are_found() -> None:
+    assert sum(len(trainings(page)) for page in PAGES) > 20
+    assert ["--config", "glyphs", "--seed", "0", "--output", "runs/seed0"] in trainings(ROOT / "docs" / "howto-compare.md")
