@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-browser test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling docs notebook package verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-browser test-programs test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling docs notebook package verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ test: setup ## run the tests, some at a time
 
 test-browser: setup ## open the pages that vae_dist makes in a real browser (Debian's package chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_*_page.py -o addopts="--strict-markers --strict-config"
+
+test-programs: setup ## what `make test` has no minutes for: whole programs, launchers, ONNX files, uploads, a small benchmark; some two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_library.py tests/test_export.py tests/test_upload.py tests/test_explore.py \
+		tests/test_progress.py tests/test_command.py tests/test_launch.py tests/test_bench.py -o addopts="--strict-markers --strict-config"
 
 test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_DATA=DIR must have MNIST/raw)
 	$(BIN)/python -m pytest -m slow tests/test_mnist.py -o addopts="--strict-markers --strict-config"
