@@ -98,7 +98,7 @@ def test_a_token_that_may_not_write_is_told_of(trained: Path, hub: Hub) -> None:
 @pytest.mark.slow
 def test_no_network_is_told_of(trained: Path, hub: Hub) -> None:
     hub.server_close()
-    refused(upload(trained, hub, "--repo", "user/name"), "--repo user/name")
+    refused(upload(trained, hub, "--repo", "user/name"), "--repo user/name", "no answer from the Hub")
 
 
 @pytest.mark.parametrize("options", [[], ["--repo", "a/b", "--out", "c"]])
