@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-browser test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling package verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-browser test-programs test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling docs notebook package verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ test: setup ## run the tests, some at a time
 test-browser: setup ## open the pages that vae_dist makes in a real browser (Debian's package chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_*_page.py -o addopts="--strict-markers --strict-config"
 
+test-programs: setup ## what `make test` has no minutes for: whole programs, launchers, ONNX files, uploads, a small benchmark; some two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_library.py tests/test_export.py tests/test_upload.py tests/test_explore.py \
+		tests/test_progress.py tests/test_command.py tests/test_launch.py tests/test_bench.py -o addopts="--strict-markers --strict-config"
+
 test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_DATA=DIR must have MNIST/raw)
 	$(BIN)/python -m pytest -m slow tests/test_mnist.py -o addopts="--strict-markers --strict-config"
 
@@ -99,6 +103,18 @@ communication: setup ## time sums over gloo, here and between network namespaces
 scaling: setup ## the expected efficiency of more GPUs: ARGS='--gpus 8 --network nvlink --step-us 60'
 	$(BIN)/python -m benchmarks.scaling $(ARGS)
 
+docs: setup build/npm ## make a site of README and docs in build/site, every link checked, and open it in a browser (npm, Debian's chromium)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -rs -m slow tests/test_site.py -o addopts="--strict-markers --strict-config"
+
+# Formulas, and searching without a server: kept beside the site, which loads nothing from elsewhere.
+build/npm: Makefile
+	npm install --silent --no-save --no-audit --no-fund --prefix $@ katex@0.19.1 iframe-worker@1.0.4
+	@touch $@
+
+notebook: setup ## run examples/lesson.ipynb to its end, on MNIST too where VAE_DIST_DATA has it; some two minutes
+	$(BIN)/python -m pytest -rs -m slow tests/test_notebook.py -o addopts="--strict-markers --strict-config"
+
 package: setup ## build sdist and wheel into dist/, check them, and use the wheel from an empty folder; some two minutes
 	rm -rf dist
 	$(BIN)/python -m build --installer uv
@@ -126,6 +142,6 @@ lock: setup ## take the newest versions into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --all-extras --no-emit-index-url \
 		--no-annotate --no-header --output-file requirements.lock pyproject.toml
 
-clean: ## remove the environment and caches; runs and data stay
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+clean: ## remove the environment, what was built, and caches; runs and data stay
+	rm -rf .venv build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

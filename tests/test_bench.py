@@ -103,6 +103,7 @@ def test_a_step_is_shared_out_less_what_the_profiler_adds() -> None:
         assert 0 < sum(watch.step_shares(watched, plain, step, 20).values()) <= 1
 
 
+@pytest.mark.slow
 def test_a_small_benchmark_runs_to_its_end(
     small_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

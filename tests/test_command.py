@@ -110,6 +110,7 @@ def test_exit_status_and_words_are_those_of_the_entry_point(script: Path, tmp_pa
     assert through == run("-m", "vae_dist.evaluate", tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_a_launcher_starts_the_command_too(script: Path, small_root: Path, tmp_path: Path) -> None:
     """From a folder without recipes, which are in the package; the next commands are named as they can be typed there."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "vae-dist", "train"]

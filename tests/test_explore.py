@@ -356,6 +356,7 @@ def test_only_the_files_of_the_page_are_served(client: TestClient) -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(trained: Path, command: Command) -> None:
     with explored(trained) as lines:
         [line] = lines
@@ -377,6 +378,7 @@ def test_without_its_extra_it_says_what_to_install(trained: Path, command: Comma
     refused(command("explore", trained), "uvicorn", "pip install 'vae_dist[explore]'")
 
 
+@pytest.mark.slow
 def test_another_address_than_loopback_is_warned_of(trained: Path, tmp_path: Path) -> None:
     """And that there are no test images, of which the page knows then."""
     with explored(trained, "--host", "0.0.0.0", "--data.root", tmp_path) as lines:

@@ -71,7 +71,12 @@ def free_port() -> str:
 
 @pytest.mark.parametrize(
     ("config", "machines", "processes"),
-    [("one_cpu", 1, 1), ("one_gpu", 1, 1), ("multi_gpu", 1, 2), ("multi_node", 2, 2)],
+    [
+        ("one_cpu", 1, 1),
+        pytest.param("one_gpu", 1, 1, marks=pytest.mark.slow),
+        pytest.param("multi_gpu", 1, 2, marks=pytest.mark.slow),
+        pytest.param("multi_node", 2, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_accelerate_starts_a_run(config: str, machines: int, processes: int, quick: list[object], tmp_path: Path) -> None:
     """Without GPUs on the CPU; the machines of multi_node.yaml are both this one. All other tests start multi_cpu.yaml."""

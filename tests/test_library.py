@@ -53,6 +53,7 @@ def test_a_run_from_python_is_the_commands_to_the_byte(
     assert vae_dist.fit(by_set).test["loss"] == result.test["loss"]
 
 
+@pytest.mark.slow
 def test_own_parts_give_the_same_bytes_at_one_and_at_two_processes(tmp_path: Path) -> None:
     said = []
     for processes in (1, 2):

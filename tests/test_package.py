@@ -77,6 +77,8 @@ def test_the_wheel_is_used_from_an_empty_folder(installed: Path, tmp_path: Path)
     assert "n=10000" in typed(lines[0])
     typed(lines[1])
     assert (tmp_path / "runs/glyphs/generated/samples.png").is_file()
+    typed("vae-dist report runs/glyphs")
+    assert "<style>" in (tmp_path / "runs/glyphs/report.html").read_text()
     assert "3 epochs" in typed(f"torchrun --nproc-per-node 2 --no-python {first} --data.batch_size 1000 --trainer.epochs 3")
     where = "import vae_dist; print(vae_dist.__file__, vae_dist.load('runs/glyphs').sample(2, seed=0).shape)"
     told = typed(f'python -c "{where}"')
@@ -91,6 +93,11 @@ def test_the_sdist_runs_its_own_tests(tmp_path: Path) -> None:
     checked = "import vae_dist, sys; sys.exit(not vae_dist.__file__.startswith(sys.argv[1]))"
     run(sys.executable, "-c", checked, folder, cwd=folder)
     words = run(
-        sys.executable, "-m", "pytest", "-q", *[f"tests/test_{name}.py" for name in ("house", "config", "docs")], cwd=folder
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        *[f"tests/test_{name}.py" for name in ("house", "config", "docs", "pages")],
+        cwd=folder,
     )
     assert " passed" in words

@@ -35,7 +35,7 @@ def in_terminal(*args: object, processes: int) -> str:
     return shown.decode()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_terminal_gets_one_bar_however_many_processes(quick: list[object], processes: int, tmp_path: Path) -> None:
     shown = in_terminal(*quick, "--trainer.epochs", 1, "--output", tmp_path / "run", processes=processes)
     assert shown.count(BAR) == 1

@@ -72,6 +72,7 @@ def test_the_card_says_what_was_measured(trained: Path, small_root: Path, comman
     assert "license" not in card
 
 
+@pytest.mark.slow
 def test_a_run_is_sent_as_one_commit(trained: Path, hub: Hub, command: Command, tmp_path: Path) -> None:
     for _ in range(2):
         outcome = upload(trained, hub, "--repo", "user/name", "--visibility", "private")
@@ -88,14 +89,16 @@ def test_a_run_is_sent_as_one_commit(trained: Path, hub: Hub, command: Command, 
     assert b'snapshot_download("user/name")' in hub.files["README.md"]
 
 
+@pytest.mark.slow
 def test_a_token_that_may_not_write_is_told_of(trained: Path, hub: Hub) -> None:
     refused(upload(trained, hub, "--repo", "user/name", token="another"), "--repo user/name", "hf auth login", "HF_TOKEN")
     assert hub.files == {}
 
 
+@pytest.mark.slow
 def test_no_network_is_told_of(trained: Path, hub: Hub) -> None:
     hub.server_close()
-    refused(upload(trained, hub, "--repo", "user/name"), "--repo user/name")
+    refused(upload(trained, hub, "--repo", "user/name"), "--repo user/name", "no answer from the Hub")
 
 
 @pytest.mark.parametrize("options", [[], ["--repo", "a/b", "--out", "c"]])

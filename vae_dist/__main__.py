@@ -70,7 +70,7 @@ def overview() -> str:
         "\n".join([f"{title}:", *(f"  {name:10}{what}" for name, what in commands.items())])
         for title, commands in COMMANDS.items()
     ]
-    return "\n".join([_BEGIN, *groups, "", _MORE])
+    return "\n".join([_BEGIN, *groups, _MORE])
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
         f"  W&B          {wandb or 'no run'}{upload}",
     ]
     if "own" not in (trainer.config.data.name, trainer.config.model.kind):  # else no command has the images, or the modules
-        lines += [f"  {name:13}{program(f'vae_dist.{name}')} {path}" for name in ("evaluate", "generate")]
+        lines += [f"  {name:13}{program(f'vae_dist.{name}')} {path}" for name in ("evaluate", "generate", "explore")]
     lines.append(f"  report       {program('vae_dist.report')} {path}")
     processes = trainer.accelerator.num_processes
     if baseline is not None and trainer.epoch_speeds and processes > 1:

@@ -103,8 +103,11 @@ def send(folder: Path, repo: str, visibility: Literal["public", "private"]) -> s
         commit = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="A run of vae_dist")
     except (HFValidationError, LocalTokenNotFoundError, NoAnswer) as error:
         code = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        is_unknown = code in (401, 403) or isinstance(error, LocalTokenNotFoundError)
-        why = "log in with `hf auth login`, or set HF_TOKEN to a token that may write" if is_unknown else str(error)
+        why = str(error)
+        if code in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+            why = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+        elif not code and not isinstance(error, HFValidationError):
+            why = f"no answer from the Hub ({error})"
         raise InputError(f"--repo {repo}: {' '.join(why.split())}") from None
     return str(commit.commit_url)
 
