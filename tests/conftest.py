@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from playwright.sync_api import Browser
 from torch import Tensor
 
@@ -89,10 +89,10 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
     def run(name: str, *args: object) -> Outcome:
         capsys.readouterr()
+        AcceleratorState._reset_state(True)  # another test may have left one
         with pytest.raises(SystemExit) as end:
             run_entry_point(lambda: mains[name]([str(arg) for arg in args]))
         AcceleratorState._reset_state(True)
-        PartialState._reset_state()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_num_threads(threads)
