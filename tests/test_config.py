@@ -212,6 +212,7 @@ def test_the_help_is_one_screen_and_names_every_option(
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_sections_help_explains_its_options_and_no_others(section: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = help_of(capsys, "--help", section)
+    assert printed == help_of(capsys, f"--help={section}")
     assert all(f"--{section}.{name} " in printed for name in SECTIONS[section])
     assert printed.count("(default:") == len(SECTIONS[section])
 

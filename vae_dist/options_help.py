@@ -17,6 +17,7 @@ def topic_of(args: Sequence[str]) -> str | None:
 
     Raises InputError where there is no such section.
     """
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--help=") else [arg])]
     at = next((i for i, arg in enumerate(args) if arg in ("-h", "--help")), None)
     if at is None:
         return None
