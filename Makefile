@@ -139,7 +139,7 @@ format: setup ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 lock: setup ## take the newest versions into requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --all-extras --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --all-extras \
 		--no-annotate --no-header --output-file requirements.lock pyproject.toml
 
 clean: ## remove the environment, what was built, and caches; runs and data stay

@@ -63,20 +63,15 @@ def fit(
     the loss is no number any more; the same one on all processes.
     """
     with surroundings_kept():
-        return train_to_end(config, train, test, model, callbacks)
+        own = _own_sides(train, test)
+        built = None if model is None else _built(config, model)
+        return train_to_end(_described(config, own is not None, built), own, built, callbacks)
 
 
 def train_to_end(
-    config: Config,
-    train: OwnImages | None = None,
-    test: OwnImages | None = None,
-    model: Callable[[], VAE] | None = None,
-    callbacks: Sequence[Callback] = (),
+    config: Config, own: tuple[Images, Images] | None = None, built: VAE | None = None, callbacks: Sequence[Callback] = ()
 ) -> Result:
-    """`fit`, for a process that ends with it."""
-    own = _own_sides(train, test)
-    built = None if model is None else _built(config, model)
-    config = _described(config, own is not None, built)
+    """`fit` for a process that ends with it, on `own` training and test images and a `built` model, if there are any."""
     accelerator = start(config.trainer, config.data.batch_size)
     require_same(accelerator, lambda: {f"--{name}": str(value) for name, value in flat(config).items() if name != "data.root"})
     mode = from_first_rank(accelerator, lambda: wandb_mode(config))

@@ -1,7 +1,7 @@
 """The variational autoencoder (Kingma & Welling 2014, Rezende et al. 2014): encode, reparameterize, decode."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from vae_dist.data.images import Images
 from vae_dist.likelihoods import Bernoulli, Likelihood, at_least_float32, build_likelihood
 from vae_dist.networks import build_networks, set_output_bias
 from vae_dist.noise import Stream, derive_key, normal
+
+T = TypeVar("T")
 
 _MOST_ROWS = 500  # of a forward pass
 
@@ -124,8 +126,8 @@ def from_program(build: Callable[[], VAE]) -> VAE:
     return model
 
 
-def seeded(seed: int, build: Callable[[], VAE]) -> VAE:
-    """What `build` builds when torch's generator begins at the seed; the generator is left as it was."""
+def seeded(seed: int, build: Callable[[], T]) -> T:
+    """What `build` gives when torch's generator begins at the seed; the generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

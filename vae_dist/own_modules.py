@@ -46,7 +46,7 @@ def require_sound(model: VAE, image_shape: Sequence[int]) -> None:
         )
 
 
-def _try(model: VAE, images: Tensor, noise: Tensor) -> VAE:
+def _try(model: VAE, images: Tensor, noise: Tensor) -> None:
     found = _answers(model, images, noise)
     if not bool(found.loss.isfinite().all()):
         raise InputError("the model's loss of some images between black and white is not finite")
@@ -66,7 +66,6 @@ def _try(model: VAE, images: Tensor, noise: Tensor) -> VAE:
     model.zero_grad(set_to_none=True)
     if idle:
         raise InputError(f"the loss does not depend on the model's {', '.join(idle)}; leave it out, or requires_grad_(False)")
-    return model
 
 
 class _Answers(NamedTuple):

@@ -14,7 +14,7 @@ from vae_dist.report.figures import shade
 from vae_dist.report.markup import Html, element, joined, number, table
 from vae_dist.tracking import Row
 
-_OLDER = "Nothing tells of this run's starts: it was trained by a version of vae_dist that did not write starts.jsonl yet."
+_NO_STARTS = "Nothing tells of this run's starts: there is no starts.jsonl in its folder."
 
 
 def in_nats(run: Facts, nats: float, shape: Sequence[int] | None) -> str:
@@ -90,8 +90,8 @@ def jobs(runs: Sequence[Facts]) -> Html:
     """The speed of each job that worked on a run."""
     rows = [_job(run, number) for run in runs for number in range(len(run.starts))]
     head = ("run", "started", "from step", "epochs", "processes", "images/s", *PARTS)
-    older = [element("p", f"{run.name}: {_OLDER}", class_="note") for run in runs if not run.starts]
-    return joined([table(head, rows, "Jobs, by their start") if rows else None, *older])
+    without = [element("p", f"{run.name}: {_NO_STARTS}", class_="note") for run in runs if not run.starts]
+    return joined([table(head, rows, "Jobs, by their start") if rows else None, *without])
 
 
 def _job(run: Facts, job: int) -> tuple[object, ...]:
@@ -150,7 +150,7 @@ def provenance(run: Facts) -> Html:
     jobs = [_start(start, number) for number, start in enumerate(run.starts, start=1)]
     reason, moment = run.status.get("reason", "nothing was said of it"), run.status.get("time", "at no known time")
     last = element("p", element("code", run.path), f": {run.state}, {reason}, {moment}")
-    return joined([*(jobs or [element("p", _OLDER, class_="note")]), last])
+    return joined([*(jobs or [element("p", _NO_STARTS, class_="note")]), last])
 
 
 def _start(start: dict[str, Any], job: int) -> Html:
