@@ -20,7 +20,7 @@ GROUPS = ("train", "test", "images", "posterior", "speed")
 _SPEED = {"images_per_second", *(f"{part}_share" for part in PARTS), "train_seconds", "test_seconds", "processes"}
 _OF_EPOCHS_ONLY = {"train_seconds", "processes"}
 _NOT_CHARTS = {"split", "step", "epoch", "images_seen", "kld_per_dim"}
-_CAPTIONS = {
+CAPTIONS = {  # of the pictures that a run draws in each epoch
     "reconstruction": "test images, and below each its reconstruction",
     "sample": "images of latents drawn from the prior, in each epoch the same latents",
     "traversal": "the first test image; each row moves one latent dimension from -3 to 3, on top the one of the largest KL",
@@ -75,7 +75,7 @@ def pictures(test: Mapping[str, Any], images: Path) -> Iterator[tuple[str, Any]]
     import wandb
 
     of_epoch = f"epoch {test['epoch']}, test loss {test['loss']:.2f} nats"
-    for name, caption in _CAPTIONS.items():
+    for name, caption in CAPTIONS.items():
         file = images / f"{name}_{test['epoch']}.png"
         if file.is_file():
             yield f"images/{name}", wandb.Image(str(file), caption=f"{of_epoch}: {caption}")

@@ -7,9 +7,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from vae_dist.charts import CAPTIONS
 from vae_dist.config import InputError
 from vae_dist.distributed import run_entry_point
 from vae_dist.options import command_line
+from vae_dist.pace import PARTS
 from vae_dist.wandb_server import ask_wandb, wandb_key
 
 _NAME = "vae_dist"
@@ -115,9 +117,8 @@ def _train() -> list[Any]:
 def _images() -> list[Any]:
     from wandb_workspaces.reports.v2 import interface as wr
 
-    names = ("reconstruction", "sample", "traversal")
     sliders = [
-        wr.MediaBrowser(title=name.capitalize() + "s", media_keys=[f"images/{name}"], gallery_axis="step") for name in names
+        wr.MediaBrowser(title=name.capitalize() + "s", media_keys=[f"images/{name}"], gallery_axis="step") for name in CAPTIONS
     ]
     return [*sliders, wr.WeavePanelSummaryTable(table_name="images/worst")]
 
@@ -139,7 +140,7 @@ def _posterior() -> list[Any]:
 
 
 def _speed() -> list[Any]:
-    shares = [f"speed/{part}_share" for part in ("data", "compute", "communication")]
+    shares = [f"speed/{part}_share" for part in PARTS]
     return [
         _lines("Images per second", "speed/images_per_second", unit="images per second", range_y=(0, None)),
         _lines("Where the time of a step goes", *shares, unit="share", range_y=(0, 1)),
