@@ -75,5 +75,5 @@ if __name__ == "__main__":
     assert result.test["epoch"] == 2
     found = vae_dist.measure(result.model, Dataset(190, 290))
     assert abs(found["loss"] / result.test["loss"] - 1) < 1e-9
-    print(f"loss {found['loss']:.9g} of {found['n']}")
+    print(f"loss {found['loss']:.9g} of {found['n']}\n", end="")  # in one write: of two processes each keeps its own line
     sys.exit(result.status)
