@@ -69,11 +69,15 @@ def settings(output: Path, epochs: int = 3) -> Config:
     )
 
 
-if __name__ == "__main__":
+def main() -> int:
     callbacks = [Listener(enough=2)] if os.environ.get("RANK", "0") == "0" else []  # of one process alone
     result = vae_dist.fit(settings(Path(sys.argv[1])), Dataset(0, 190), Dataset(190, 290), build, callbacks)
     assert result.test["epoch"] == 2
     found = vae_dist.measure(result.model, Dataset(190, 290))
     assert abs(found["loss"] / result.test["loss"] - 1) < 1e-9
     print(f"loss {found['loss']:.9g} of {found['n']}\n", end="")  # in one write: of two processes each keeps its own line
-    sys.exit(result.status)
+    return result.status
+
+
+if __name__ == "__main__":
+    vae_dist.run_entry_point(main)

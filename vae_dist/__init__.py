@@ -26,6 +26,7 @@ from vae_dist.config import (
 
 if TYPE_CHECKING:
     from vae_dist.callbacks import Callback
+    from vae_dist.distributed import TrainingFailed, run_entry_point
     from vae_dist.evaluate import measure
     from vae_dist.fitting import Result, fit
     from vae_dist.likelihoods import Likelihood
@@ -47,9 +48,11 @@ __all__ = [
     "Result",
     "TrackingConfig",
     "TrainerConfig",
+    "TrainingFailed",
     "fit",
     "load",
     "measure",
+    "run_entry_point",
 ]
 
 # Where the names are that need torch: it is imported with the first of them.
@@ -57,10 +60,16 @@ _HOMES = {
     "Callback": "callbacks",
     "Likelihood": "likelihoods",
     "Result": "fitting",
+    "TrainingFailed": "distributed",
     "VAE": "model",
     "fit": "fitting",
     "measure": "evaluate",
+    "run_entry_point": "distributed",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """What several processes do together: sum figures, decide, fail and end."""
 
 import contextlib
+import io
 import os
 import sys
 from collections import Counter
@@ -134,7 +135,13 @@ def _is_lost_peer(error: BaseException) -> bool:
 
 
 def run_entry_point(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and exits with its status; an error that the user can do something about is one line, and status 2 or 1."""
+    """Runs `main` and exits with its status; an error that the user can do something about is one line, and status 2 or 1.
+
+    One of several processes leaves when all have done their work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where the locale has no ± or …
     try:
         status = main()
     except (InputError, OSError, RuntimeError) as error:

@@ -176,13 +176,13 @@ def measure(model: VAE, images: OwnImages, iw_samples: int = 0, seed: int = 0) -
     In nats per image: `loss`, the negative ELBO, its parts `bce` and `kld`, and its standard error `stderr`; with `iw_samples`
     `nll`, -log p(x) by importance sampling; `n`, `active_units`, `kld_per_dim`, `mutual_information`. A seed names the noise.
     Called in one process, or in all of several, which share the work. The model is measured in eval mode on the device, and
-    stays as and where it is. Raises InputError where the images are not the model's, or its loss is not finite.
+    stays as and where it is. Raises InputError where the images are not the model's, or a figure is not finite.
     """
     if iw_samples < 0:
         raise InputError(f"iw_samples {iw_samples}: must be 0 or more")
     with surroundings_kept():
         accelerator = start()
-        found = own_images(images, "images")
+        found = together(accelerator, lambda: own_images(images, "images"))
         is_binary = is_black_and_white(found)
         found = on_device(found, "images", DataConfig(), accelerator, train=False, shape=model.image_shape)
         mine = copy.deepcopy(model).eval().to(accelerator.device)
@@ -200,7 +200,7 @@ def figures(
 ) -> dict[str, Any]:
     """All that evaluation.json holds. All ranks call it. `is_binary` says that pixels are black or white.
 
-    Raises InputError where the model's loss is not finite.
+    Raises InputError where one of them is not finite.
     """
     found = evaluate(model, images, seed, accelerator, progress=True)
     means = found.sums.figures()
@@ -214,7 +214,10 @@ def figures(
         partial = partial or PartialFile(None, None, model, images, iw_samples)
         figures |= importance_figures(model, images, accelerator, seed, is_binary, iw_samples, partial)
     figures |= {"active_units": found.active_units, "latent_dim": model.latent_dim, "kld_per_dim": found.kld_per_dim}
-    return figures | {"mutual_information": information, "mutual_information_at_most": most}
+    figures |= {"mutual_information": information, "mutual_information_at_most": most}
+    if wrong := [name for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise InputError(f"{wrong[0]} of this model on these images is not finite")
+    return figures
 
 
 def importance_figures(

@@ -1,6 +1,7 @@
 """A training from its config to its last file: what `python -m vae_dist.train` runs, and what programs of one's own call."""
 
 import contextlib
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from vae_dist import checkpoint
 from vae_dist.callbacks import Callback
 from vae_dist.config import Config, InputError, ModelConfig
 from vae_dist.data.images import Images
-from vae_dist.data.own import OwnImages, own_images
+from vae_dist.data.own import OwnImages, is_black_and_white, own_images
 from vae_dist.distributed import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -63,16 +64,21 @@ def fit(
     the loss is no number any more; the same one on all processes.
     """
     with surroundings_kept():
-        own = _own_sides(train, test)
-        built = None if model is None else _built(config, model)
-        return train_to_end(_described(config, own is not None, built), own, built, callbacks)
+        accelerator = start(config.trainer, config.data.batch_size)
+        own = together(accelerator, lambda: _own_sides(train, test))
+        built = together(accelerator, lambda: _built(config, model))
+        together(accelerator, lambda: _require_callbacks(callbacks))
+        return train_to_end(_described(config, own, built), accelerator, own, built, callbacks)
 
 
 def train_to_end(
-    config: Config, own: tuple[Images, Images] | None = None, built: VAE | None = None, callbacks: Sequence[Callback] = ()
+    config: Config,
+    accelerator: Accelerator,
+    own: tuple[Images, Images] | None = None,
+    built: VAE | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """`fit` for a process that ends with it, on `own` training and test images and a `built` model, if there are any."""
-    accelerator = start(config.trainer, config.data.batch_size)
     require_same(accelerator, lambda: {f"--{name}": str(value) for name, value in flat(config).items() if name != "data.root"})
     mode = from_first_rank(accelerator, lambda: wandb_mode(config))
     run = RunFolder(config.output)
@@ -105,18 +111,28 @@ def _own_sides(train: OwnImages | None, test: OwnImages | None) -> tuple[Images,
     return own_images(train, "train"), own_images(test, "test")
 
 
-def _built(config: Config, build: Callable[[], VAE]) -> VAE:
+def _built(config: Config, build: Callable[[], VAE] | None) -> VAE | None:
+    if build is None:
+        return None
     if config.model not in (ModelConfig(), ModelConfig(kind="own", likelihood="own", latent_dim=config.model.latent_dim)):
         raise InputError("vae_dist.fit: with a model of your own leave config.model out: it describes another one")
     return seeded(config.seed, lambda: from_program(build))
 
 
-def _described(config: Config, has_own_images: bool, own_model: VAE | None) -> Config:
+def _require_callbacks(callbacks: Sequence[Callback]) -> None:
+    if not isinstance(callbacks, Sequence) or not all(isinstance(each, Callback) for each in callbacks):
+        raise InputError("vae_dist.fit: callbacks must be a list of vae_dist.Callback objects")
+
+
+def _described(config: Config, own: tuple[Images, Images] | None, built: VAE | None) -> Config:
     """The config that tells which parts are a program's own, and where the run lies."""
-    if has_own_images:
+    if built is not None:
+        config = replace(config, model=ModelConfig(kind="own", likelihood="own", latent_dim=built.latent_dim))
+    if own is not None:
         config = replace(config, data=replace(config.data, name="own"))
-    if own_model is not None:
-        config = replace(config, model=ModelConfig(kind="own", likelihood="own", latent_dim=own_model.latent_dim))
+        takes_binary = config.model.likelihood in ("bernoulli", "own") and config.data.binarize == "none"
+        if takes_binary and all(map(is_black_and_white, own)):
+            config = replace(config, data=replace(config.data, binarize="static"))  # which leaves them as they are
     tracking = replace(config.tracking, group=config.tracking.group or config.data.name)
     return replace(config, output=config.output or f"runs/{config.data.name}", tracking=tracking)
 
@@ -216,8 +232,9 @@ def _run(trainer: Trainer, accelerator: Accelerator, baseline: float | None) -> 
 
 def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
     """Where everything lies, how to look at it, and how fast it was."""
-    path = trainer.run.path
-    upload = f", offline; upload it with: {python()} -m wandb sync {wandb}" if wandb.endswith("*") else ""
+    path, typed = trainer.run.path, shlex.quote(str(trainer.run.path))
+    folder, offline, _ = wandb.partition("/offline-run-*")
+    upload = f", offline; upload it with: {python()} -m wandb sync {shlex.quote(folder)}{offline}" if offline else ""
     lines = [
         f"finished: {trainer.epoch} epochs, {trainer.progress.step} steps; everything lies in {path}",
         f"  pictures     {path}/images",
@@ -226,8 +243,8 @@ def closing_words(trainer: Trainer, wandb: str, baseline: float | None) -> str:
         f"  W&B          {wandb or 'no run'}{upload}",
     ]
     if "own" not in (trainer.config.data.name, trainer.config.model.kind):  # else no command has the images, or the modules
-        lines += [f"  {name:13}{program(f'vae_dist.{name}')} {path}" for name in ("evaluate", "generate", "explore")]
-    lines.append(f"  report       {program('vae_dist.report')} {path}")
+        lines += [f"  {name:13}{program(f'vae_dist.{name}')} {typed}" for name in ("evaluate", "generate", "explore")]
+    lines.append(f"  report       {program('vae_dist.report')} {typed}")
     processes = trainer.accelerator.num_processes
     if baseline is not None and trainer.epoch_speeds and processes > 1:
         speed = statistics.median(trainer.epoch_speeds)

@@ -33,14 +33,18 @@ def on_device(
     Raises the same InputError on all ranks, naming `source`, where a rank has others than the rest, or they are not of the
     shape that is asked for.
     """
-    if shape is not None and images.shape != tuple(shape):
-        sides = ("x".join(map(str, size)) for size in (images.shape, shape))
-        raise InputError(f"{source}: images of {' pixels, where '.join(sides)} are expected")
+    together(accelerator, lambda: _require_shape(images, source, shape))
     name = f"the SHA-256 of the {'training' if train else 'test'} images in {source.split()[0]}"
     require_same(accelerator, lambda: {name: images.digest()[:16]})
     if config.binarize == "static" or (config.binarize == "dynamic" and not train):
         images = images.binarized(derive_key(0, Stream.BINARY_TRAIN if train else Stream.BINARY_TEST))
     return images.to(accelerator.device)
+
+
+def _require_shape(images: Images, source: str, shape: Sequence[int] | None) -> None:
+    if shape is not None and images.shape != tuple(shape):
+        sides = ("x".join(map(str, size)) for size in (images.shape, shape))
+        raise InputError(f"{source}: images of {' pixels, where '.join(sides)} are expected")
 
 
 def _fetched(config: DataConfig, accelerator: Accelerator) -> Path | None:

@@ -1,6 +1,8 @@
 """The variational autoencoder (Kingma & Welling 2014, Rezende et al. 2014): encode, reparameterize, decode."""
 
+import operator
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -51,12 +53,14 @@ class VAE(nn.Module):
     ) -> None:
         """`encoder` maps images in [0, 1], (batch, *image_shape), to the posterior's mean and log-variance, side by side:
         (batch, 2 * latent_dim). `decoder` maps latents, (batch, latent_dim), to the parameters of the likelihood (bernoulli
-        unless another is given): (batch, outputs * channels, height, width).
+        unless another is given): (batch, outputs * channels, height, width). Raises InputError where it is no Likelihood.
         """
         super().__init__()
         self.latent_dim = latent_dim
-        self.image_shape = tuple(image_shape)
-        self.likelihood = likelihood or Bernoulli()
+        self.image_shape = tuple(map(operator.index, image_shape))
+        if not isinstance(likelihood, (Likelihood, NoneType)):
+            raise InputError(f"the likelihood must be a vae_dist.Likelihood, not {likelihood!r}")
+        self.likelihood = Bernoulli() if likelihood is None else likelihood
         self.encoder, self.decoder = encoder, decoder
 
     @classmethod

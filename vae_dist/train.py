@@ -9,10 +9,12 @@ import sys
 from vae_dist.distributed import run_entry_point
 from vae_dist.fitting import train_to_end
 from vae_dist.options import parse
+from vae_dist.starting import start
 
 
 def main(args: list[str] | None = None) -> int:
-    return train_to_end(parse(sys.argv[1:] if args is None else args)).status
+    config = parse(sys.argv[1:] if args is None else args)
+    return train_to_end(config, start(config.trainer, config.data.batch_size)).status
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from vae_dist.config import InputError
 from vae_dist.data.images import Images, Resident
@@ -40,14 +41,16 @@ def own_images(given: OwnImages, name: str) -> Images:
         raise InputError(f"{name}: must be a tensor, not an array; give torch.from_numpy of it")
     if isinstance(given, Tensor):
         return _resident(_pixels(given, name, dimensions=4), name)
-    if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")) or len(given) == 0:
+    has_items = hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, IterableDataset)
+    if not has_items or len(given) == 0:
         raise InputError(f"{name}: must be a tensor of images, or a data set with a length, not {type(given).__name__}")
     items = [_item(given[i], f"{name}[{i}]") for i in range(len(given))]
     shapes = {tuple(pixels.shape) for pixels, _ in items}
     if len(shapes) > 1:
         raise InputError(f"{name}: images of one shape are needed, but there are {sorted(shapes)}")
     labels = [label for _, label in items]
-    known = torch.tensor(labels) if all(isinstance(label, int) for label in labels) else None
+    is_class = [isinstance(label, int) and abs(label) < 2**63 for label in labels]
+    known = torch.tensor(labels) if all(is_class) else None
     return _resident(torch.stack([pixels for pixels, _ in items]), name, known)
 
 
@@ -93,7 +96,8 @@ def _pixels(images: Tensor, name: str, dimensions: int) -> Tensor:
         return images.contiguous()
     if not images.is_floating_point():
         raise InputError(f"{name}: must be uint8, or floats in [0, 1], not {images.dtype}")
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):
+    levels = images.mul(255).round()
+    if not (levels.min() >= 0 and levels.max() <= 255):  # a rounding error beyond them is none
+        low, high = images.min().item(), images.max().item()
         raise InputError(f"{name}: floats must be in [0, 1], but are from {low:g} to {high:g}. Leave out what normalises them")
-    return images.mul(255).round().to(torch.uint8).contiguous()
+    return levels.to(torch.uint8).contiguous()
