@@ -25,7 +25,7 @@ from vae_dist.run import RunFolder
 from vae_dist.tracking import read_rows
 
 Command = Callable[..., Outcome]
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 @pytest.fixture

@@ -107,8 +107,8 @@ def thinned(values: list[Any], most: int = _MOST_POINTS) -> list[Any]:
 def _checked(row: Row, metrics: Path, latent_dim: int) -> Row:
     """A row whose figures are numbers. Raises InputError, naming the first that is none."""
     wrong = [name for name in (*_NUMBERS, *_TIMES) if row.get(name) is not None and not _is_number(row[name])]
-    if not _is_number(row.get("images_seen")):
-        wrong = [*wrong, "images_seen"]
+    wrong += [name for name in ("images_seen", "n") if not _is_number(row.get(name))]
+    wrong += [] if row["epoch"] > 0 else ["epoch"]
     by_dimension = row.get("kld_per_dim")
     if by_dimension is not None:
         is_list = isinstance(by_dimension, list) and len(by_dimension) == latent_dim

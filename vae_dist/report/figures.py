@@ -1,9 +1,11 @@
 """The figures of a report, as Plotly has them: without colours of text, axes and background, which the page sets by its scheme.
 
-A run has one colour in all figures that show several. The colours stand out from white and from black alike.
+A run has one colour in all figures that show several, and after ten runs another dash too. The colours stand out from white and
+from black alike.
 """
 
 import html
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,8 +18,11 @@ from vae_dist.report.insight import Insight
 from vae_dist.tracking import Row
 
 COLOURS = ("#3b82d6", "#d9730d", "#2a9d5c", "#b05fd1", "#d9485f", "#1698a6", "#a67c1e", "#7d8590", "#e0559f", "#6a8f1f")
+_DASHES = ("solid", "dash", "dot", "dashdot")
 _FAINT = 0.45  # of what stands behind the figures that count
-TALL, LOW, _MAP = 400, 270, 520  # pixels
+TALL, LOW, _MAP = 400, 270, 560  # pixels
+_MOST_NAMES = 4  # of runs above a low figure: of more there would be little room below
+_MOST_COLUMNS, _MOST_LABELS = 300, 12  # of a heatmap: no screen shows more
 # What the x axis may show: the page switches between them.
 AXES = {"images": "images seen", "epochs": "epochs", "minutes": "minutes of training and evaluation"}
 
@@ -27,14 +32,21 @@ def shade(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
+def dash(number: int) -> str:
+    """Of the lines of the run of a number."""
+    return _DASHES[number // len(COLOURS) % len(_DASHES)]
+
+
 def label(text: object) -> str:
-    """Any text as Plotly shows it, which takes some of HTML for markup."""
-    return html.escape(str(text), quote=False)
+    """Any text as Plotly shows it, which takes some of HTML for markup, and `%{…}` for the place of a figure."""
+    return html.escape(str(text), quote=False).replace("%{", "%\N{WORD JOINER}{")
 
 
 def curve(runs: Sequence[Facts], figure: str, unit: str, height: int = LOW) -> go.Figure:
     """A figure in nats: the training curve, the epochs' means, and the test images."""
     drawn = _curves(runs, figure, unit, height, _SPLITS)
+    if height == TALL and len(runs) > _MOST_NAMES:
+        drawn.update_layout(height=TALL + 20 * len(runs), showlegend=True, legend={"maxheight": 1})
     shown = [row[figure] for run in runs for row in [*run.tests, *run.epochs[1:]] if row.get(figure) is not None]
     if shown and all(len(run.tests) > 2 for run in runs):  # the first steps are far off: a double click shows them
         low, high = min(shown), max(shown)
@@ -45,10 +57,18 @@ def curve(runs: Sequence[Facts], figure: str, unit: str, height: int = LOW) -> g
 def step_curve(runs: Sequence[Facts], figure: str, unit: str, is_log: bool = False) -> go.Figure:
     """A figure of single training steps."""
     drawn = _curves(runs, figure, unit, LOW, {"training": _training})
+    values = [value for trace in drawn.data for value in trace.y if value > 0]
     drawn.update_yaxes(
-        {"type": "log", "tickformat": "~s", "nticks": 6} if is_log else {"rangemode": "tozero", "exponentformat": "power"}
+        _log_axis(min(values), max(values)) if is_log and values else {"rangemode": "tozero", "exponentformat": "power"}
     )
     return drawn
+
+
+def _log_axis(low: float, high: float) -> dict[str, Any]:
+    """Of figures between two; with few enough numbers to have room beside each other."""
+    if high < 5 * low:  # less than a decade: there would be hardly a number
+        return {"tickformat": "~s"}
+    return {"type": "log", "tickformat": "~s", "dtick": "D2" if high < 1e4 * low else 1}
 
 
 def has(runs: Sequence[Facts], figure: str) -> bool:
@@ -75,7 +95,7 @@ def speed(runs: Sequence[Facts]) -> go.Figure:
 
 def shares(run: Facts) -> go.Figure:
     """Where the time of the steps went, by epoch."""
-    rows = [row for row in run.epochs if all(row.get(f"{part}_share") is not None for part in PARTS)]
+    rows = [row for row in thinned(run.epochs) if all(row.get(f"{part}_share") is not None for part in PARTS)]
     bars = [
         go.Bar(
             name=part,
@@ -108,29 +128,32 @@ def kl_by_dimension(runs: Sequence[Facts]) -> go.Figure:
             rank = list(range(1, len(nats) + 1))
             lines = {
                 "mode": "lines+markers",
-                "line": {"color": shade(number)},
+                "line": {"color": shade(number), "dash": dash(number)},
                 "hovertemplate": hover,
                 "customdata": dimensions,
             }
             traces.append(go.Scatter(x=rank, y=nats, name=label(run.name), **lines))
     title = "latent dimension, by its KL" if len(runs) == 1 else "rank of the latent dimension"
-    return _figure(traces, LOW, xaxis={"title": title}, yaxis={"title": "nats", "rangemode": "tozero"})
+    axes = {"xaxis": {"title": title}, "yaxis": {"title": "nats", "rangemode": "tozero"}}
+    return _figure(traces, LOW, showlegend=1 < len(runs) <= _MOST_NAMES, **axes)
 
 
 def kl_over_epochs(run: Facts) -> go.Figure:
     """The same over the epochs: a row for each dimension, in the order of the last epoch."""
-    rows = _spectra(run)
+    rows = thinned(_spectra(run), _MOST_COLUMNS)
     last = rows[-1]["kld_per_dim"]
     order = sorted(range(len(last)), key=lambda dimension: last[dimension])
+    names = [f"z{dimension}" for dimension in order]
     heat = go.Heatmap(
         x=[row["epoch"] for row in rows],
-        y=[f"z{dimension}" for dimension in order],
-        z=[[row["kld_per_dim"][dimension] for row in rows] for dimension in order],
+        y=names,
+        z=[[float(f"{row['kld_per_dim'][dimension]:.4g}") for row in rows] for dimension in order],
         colorscale="Viridis",
         colorbar={"title": "nats", "thickness": 12},
-        hovertemplate="%{y}, epoch %{x}: %{z:.4f} nats<extra></extra>",
+        hovertemplate="%{y}, epoch %{x}: %{z:.4~g} nats<extra></extra>",
     )
-    return _figure([heat], LOW, xaxis=_epochs(rows), yaxis={"type": "category"})
+    labels = names[:: -math.ceil(len(names) / _MOST_LABELS)]  # from the top
+    return _figure([heat], LOW, xaxis=_epochs(rows), yaxis={"type": "category", "tickvals": labels})
 
 
 def has_spectra(run: Facts) -> bool:
@@ -160,7 +183,13 @@ def latent_map(insight: Insight, way: str) -> go.Figure:
         names = [f"axis {axis}, {share:.0%} of the variance" for axis, share in enumerate(insight.explained, start=1)]
     x, y = ({"title": name, "zeroline": False} for name in names)
     return _figure(
-        traces, 560, xaxis=x, yaxis=y, hovermode="closest", legend={"itemsizing": "constant"}, showlegend=labels is not None
+        traces,
+        _MAP,
+        xaxis=x,
+        yaxis=y | {"scaleanchor": "x"},
+        hovermode="closest",
+        legend={"itemsizing": "constant"},
+        showlegend=labels is not None,
     )
 
 
@@ -170,7 +199,7 @@ def _epochs(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _spectra(run: Facts) -> list[Row]:
-    return thinned([row for row in run.tests if row.get("kld_per_dim") is not None])
+    return [row for row in run.tests if row.get("kld_per_dim") is not None]
 
 
 def _training(run: Facts) -> list[Row]:
@@ -180,8 +209,8 @@ def _training(run: Facts) -> list[Row]:
 # The lines of a figure: their rows, which colour they have where the figure is of one run, and how they are drawn.
 _SPLITS: dict[str, Callable[[Facts], list[Row]]] = {
     "training": lambda run: thinned(run.curve),
-    "training, whole epochs": lambda run: run.epochs,
-    "test": lambda run: run.tests,
+    "training, whole epochs": lambda run: thinned(run.epochs),
+    "test": lambda run: thinned(run.tests),
 }
 _LINES = {
     "training": (7, {"width": 1}),
@@ -201,14 +230,15 @@ def _curves(
             of_split, line = _LINES[split]
             trace = _trace(runs, run, split, rows, figure, of_split if len(runs) == 1 else number).update(line=line)
             if len(runs) > 1:
-                trace.update(showlegend=split == lines[-1][0], line={"dash": "solid"})
+                trace.update(showlegend=split == lines[-1][0], line={"dash": dash(number)})
             if split == "training":
                 trace.update(opacity=1 if len(lines) == 1 or len(runs) == 1 else _FAINT)
             else:
                 trace.update(mode="lines+markers" if len(rows) < 100 else "lines", marker={"size": 5})
             traces.append(trace)
     axes = {"xaxis": {"title": AXES["images"]}, "yaxis": {"title": unit}}
-    return _figure(traces, height, hovermode="x", showlegend=len(traces) > 1 or len(runs) > 1, **axes)
+    is_named = len(traces) > 1 if len(runs) == 1 else len(runs) <= _MOST_NAMES
+    return _figure(traces, height, hovermode="x", showlegend=is_named, **axes)
 
 
 def _lines(

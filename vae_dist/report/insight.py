@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from vae_dist.config import InputError
 from vae_dist.data import as_images, rows_at_once
 from vae_dist.data.images import Images
 from vae_dist.evaluate import ImageLoss, evaluate
 from vae_dist.model import VAE
 from vae_dist.pictures import grid, reconstructed
 
-_MOST_IMAGES = 5000  # looked at: a map of more is no clearer, and slow to draw
+_MOST_IMAGES = 10_000  # looked at: a map of more is no clearer, and slow to draw
 _MOST_ROWS = 500  # of a forward pass
 _THUMBNAIL = 28  # pixels a side, at most
 SHEET_COLUMNS = 50  # of thumbnails
@@ -46,13 +48,19 @@ class Insight(NamedTuple):
 
 @torch.no_grad()
 def look(model: VAE, images: Images, seed: int, accelerator: Accelerator) -> Insight:
-    """Looks at the images, which come to the device of the model; the map has the first 5,000."""
+    """Looks at the images, which come to the device of the model; the map has the first 10,000.
+
+    Raises InputError where the model's figures of them are not finite.
+    """
     n = min(_MOST_IMAGES, len(images))
     means, thumbnails = [], []
     for numbers in torch.split(torch.arange(n, device=images.device), rows_at_once(images.shape, _MOST_ROWS)):
         batch = as_images(images.rows(numbers))
         means.append(model.encode(batch).mean.cpu().double())
         thumbnails.append(_shrunk(batch).cpu())
+    worst = evaluate(model, images, seed, accelerator).worst
+    if not (torch.cat(means).isfinite().all() and all(math.isfinite(found.loss) for found in worst)):
+        raise InputError("the model's figures of the test images are not finite")
     places, explained = principal_axes(torch.cat(means))
     small = torch.cat(thumbnails)
     return Insight(
@@ -63,7 +71,7 @@ def look(model: VAE, images: Images, seed: int, accelerator: Accelerator) -> Ins
         labels=None if images.labels is None else images.labels.tolist(),
         thumbnails=grid(small, SHEET_COLUMNS),
         side=(small.shape[2], small.shape[3]),
-        worst=_worst(model, images, evaluate(model, images, seed, accelerator).worst),
+        worst=_worst(model, images, worst),
     )
 
 

@@ -24,12 +24,33 @@ function template() {
   };
   return {
     layout: {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", xaxis: axis, yaxis: axis, dragmode: "zoom",
-      font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
+      paper_bgcolor: colour("--page"), plot_bgcolor: colour("--page"), xaxis: axis, yaxis: axis,
+      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a swipe on a figure scrolls the page
+      font: {
+        color: colour("--text"), family: getComputedStyle(document.body).fontFamily,
+        size: matchMedia("print").matches ? 18 : 13, // a sheet of paper makes figures small
+      },
       hoverlabel: { bgcolor: colour("--hover"), bordercolor: colour("--line"), font: { color: colour("--text") } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: colour("--accent") },
     },
   };
+}
+
+/** After a figure is drawn: its size, by which the page's style fits it to any paper. */
+function keepSize(place) {
+  const { width, height } = place._fullLayout;
+  place.style.aspectRatio = `${width} / ${height}`;
+  for (const drawing of place.querySelectorAll(".main-svg")) drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  for (const button of place.querySelectorAll(".modebar-btn")) button.tabIndex = -1; // sixty stops of the Tab key
+}
+
+async function draw(name, figure) {
+  const place = document.getElementById(name);
+  const saved = { filename: place.getAttribute("aria-label"), scale: 2 };
+  await Plotly.newPlot(place, figure.data, { ...figure.layout, template: template() }, { ...config, toImageButtonOptions: saved });
+  place.on("plotly_afterplot", () => keepSize(place));
+  keepSize(place);
+  showThumbnails(place);
 }
 
 function recolour() {
@@ -78,14 +99,19 @@ function slide(slider) {
 async function main() {
   for (const slider of document.querySelectorAll(".slider input")) slider.addEventListener("input", () => slide(slider));
   await unpackPlotly();
-  for (const [name, figure] of Object.entries(figures)) {
-    await Plotly.newPlot(name, figure.data, { ...figure.layout, template: template() }, config);
-    showThumbnails(document.getElementById(name));
-  }
+  for (const [name, figure] of Object.entries(figures)) await draw(name, figure);
   for (const choice of document.querySelectorAll("input[name=axis]")) choice.addEventListener("change", () => switchAxis(choice));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
   matchMedia("print").addEventListener("change", recolour);
   document.documentElement.dataset.drawn = "true";
 }
 
-main();
+/** Where the figures would be, why they are not. */
+function apologise(error) {
+  for (const place of document.querySelectorAll(".plot:empty")) {
+    place.textContent = `This browser cannot draw the figure (${error.message}): it takes one of 2023 or later.`;
+    place.classList.add("missing");
+  }
+}
+
+main().catch(apologise);

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import shlex
 from collections.abc import Sequence
 from importlib import resources
 
@@ -14,8 +15,8 @@ from vae_dist.report.markup import Html, element, joined, number
 from vae_dist.report.sections import Plots, Subject, note, of_each
 
 MARK = '<meta name="generator" content="vae_dist.report'  # by which a report is known, near its beginning
-# The browser itself keeps the page from asking anybody for anything.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+# The browser itself keeps the page from asking anybody for anything. A blob is the page's own: a figure on its way into a PNG.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def page(subjects: Sequence[Subject]) -> str:
@@ -27,7 +28,7 @@ def page(subjects: Sequence[Subject]) -> str:
         "Latent space": sections.latent_space(subjects, plots),
         "Worst reconstructions": of_each(subjects, sections.worst),
         "Speed": sections.speed(subjects, plots),
-        "Evaluation": tables.evaluation(runs) or note("None yet: python -m vae_dist.evaluate RUN makes it."),
+        "Evaluation": tables.evaluation(runs) or joined(map(_not_evaluated, subjects)),
         "Config": tables.config(runs),
         "Provenance": of_each(subjects, lambda subject: tables.provenance(subject.facts)),
     }
@@ -95,7 +96,9 @@ _STATES = ("finished", "running", "interrupted", "failed")
 
 
 def _card(title: str, figure: str, words: str) -> Html:
-    return element("div", element("h2", title), element("p", figure, class_="figure"), element("p", words), class_="card")
+    return element(
+        "div", element("p", title, class_="title"), element("p", figure, class_="figure"), element("p", words), class_="card"
+    )
 
 
 def _main_figures(subject: Subject) -> list[tuple[str, str, str]]:
@@ -105,11 +108,10 @@ def _main_figures(subject: Subject) -> list[tuple[str, str, str]]:
     if last is None:
         found.append(("Test loss", "—", "no epoch is complete yet"))
     else:
-        words = tables.in_nats(run, last["loss"], subject.shape)
+        words = f"{tables.in_nats(run, last['loss'], subject.shape)}; n = {number(last['n'])} test images"
+        parts = f"bce {number(last.get('bce'))} + kld {number(last.get('kld'))}"
         epoch = f"epoch {last['epoch']} of {run.config.trainer.epochs}"
-        found.append(("Test loss", number(last["loss"]), f"{words}; n = {number(last.get('n'))} test images; {epoch}"))
-        parts = f"{number(last.get('bce'))} + {number(last.get('kld'))}"
-        found.append(("bce + kld", parts, "nats per image: the reconstruction's and the latents'"))
+        found.append(("Test loss", number(last["loss"]), f"{words}; {parts}; {epoch}"))
     if "nll" in evaluation:
         title = "-log p(x)" if evaluation.get("is_log_likelihood") else "Importance-weighted loss"
         words = tables.in_nats(run, evaluation["nll"], subject.shape)
@@ -128,6 +130,19 @@ def _main_figures(subject: Subject) -> list[tuple[str, str, str]]:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _not_evaluated(subject: Subject) -> Html:
+    """How a run may still be evaluated, if it may."""
+    if subject.shape is None:
+        return note(f"None, and vae_dist.evaluate can make none: {subject.missing}")
+    return element(
+        "p",
+        "None yet: ",
+        element("code", shlex.join(["python", "-m", "vae_dist.evaluate", str(subject.facts.path)])),
+        " makes it.",
+        class_="note",
+    )
 
 
 def _several(subjects: Sequence[Subject]) -> Html:

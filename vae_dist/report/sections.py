@@ -50,7 +50,7 @@ class Plots:
         """With a `sheet` of thumbnails, of whose images the points tell the numbers, the script shows the one pointed at."""
         name = f"plot-{len(self._figures) + 1}"
         self._figures[name] = figure
-        place = element("div", id=name, class_="plot", role="img", aria_label=title, style=f"height:{figure.layout.height}px")
+        place = element("div", id=name, class_="plot", role="group", aria_label=title, style=f"height:{figure.layout.height}px")
         words = element("figcaption", caption) if caption else None
         return element("figure", element("h3", title), place, sheet, words, class_="drawn")
 
@@ -91,7 +91,9 @@ def _axis_switch() -> Html:
     choices = (
         element(
             "label",
-            element("input", type="radio", name="axis", value=name, checked=name == "images", data_title=title),
+            element(
+                "input", type="radio", name="axis", value=name, checked=name == "images", data_title=title, autocomplete="off"
+            ),
             f" {title}",
         )
         for name, title in figures.AXES.items()
@@ -106,7 +108,7 @@ def pictures(subjects: Sequence[Subject]) -> Html:
         return note("No picture has been drawn yet.")
     kinds = [*(kind for kind in _KINDS if kind in found), *(kind for kind in found if kind not in _KINDS)]
     shown = (_slides(kind, [subject.facts for subject in subjects]) for kind in kinds)
-    return element("div", *shown, class_="pair" if len(subjects) == 1 else None)
+    return element("div", *shown, class_="columns" if len(subjects) == 1 else None)
 
 
 def _slides(kind: str, runs: Sequence[Facts]) -> Html:
@@ -115,7 +117,7 @@ def _slides(kind: str, runs: Sequence[Facts]) -> Html:
     shown = (_slide_show(run, kind, title, is_named=len(runs) > 1) for run in runs if kind in run.pictures)
     slider = element(
         "input", type="range", min=0, max=len(epochs) - 1, step=1, value=len(epochs) - 1, data_epochs=json.dumps(epochs),
-        aria_label=f"{title}: epoch", aria_valuetext=f"epoch {epochs[-1]}",
+        aria_label=f"{title}: epoch", aria_valuetext=f"epoch {epochs[-1]}", autocomplete="off",
     )  # fmt: skip
     control = element("div", slider, class_="slider") if len(epochs) > 1 else None
     return element("section", element("h3", title), note(words), control, element("div", *shown, class_="row"), class_="slides")

@@ -10,7 +10,7 @@ from vae_dist.likelihoods import build_likelihood, remark
 from vae_dist.options import flat
 from vae_dist.pace import PARTS
 from vae_dist.report.facts import Facts
-from vae_dist.report.figures import shade
+from vae_dist.report.figures import dash, shade
 from vae_dist.report.markup import Html, element, joined, number, table
 from vae_dist.tracking import Row
 
@@ -30,32 +30,51 @@ def in_nats(run: Facts, nats: float, shape: Sequence[int] | None) -> str:
 
 
 def comparison(runs: Sequence[Facts], shapes: Sequence[Sequence[int] | None]) -> Html:
-    """The final figures of several runs."""
-    rows = []
-    for place, (run, shape) in enumerate(zip(runs, shapes, strict=True)):
-        last: Row = run.tests[-1] if run.tests else {}
-        figures = {
-            "run": element("span", swatch(place), run.name),
-            "state": run.state if run.state == "finished" else f"{run.state}: {run.status.get('reason', 'nothing was said')}",
-            "epochs": f"{last.get('epoch', 0)} of {run.config.trainer.epochs}",
-            "test loss": f"{number(last['loss'])} {in_nats(run, last['loss'], shape)}" if last else "—",
-            "n": number(last.get("n")),
-            "bce": number(last.get("bce")),
-            "kld": number(last.get("kld")),
-            "lowest loss": number(min((row["loss"] for row in run.tests), default=None)),
-            "importance-weighted loss": number(run.evaluation.get("nll")),
-            "active units": number(active_units(run), 0),
-            "minutes": number(run.rows[-1]["minutes"] if run.rows else None, 1),
-            "images/s": number(images_per_second(run.epochs), 0),
-            "processes": ", ".join(map(str, processes(run))) or "—",
-        }
-        rows.append(figures)
-    return table(list(rows[0]), [list(row.values()) for row in rows], "Final figures", class_="figures")
+    """The final figures of several runs; the lowest losses are marked where the losses compare."""
+    lasts: list[Row] = [run.tests[-1] if run.tests else {} for run in runs]
+    units = [in_nats(run, last["loss"], shape) if last else "" for run, last, shape in zip(runs, lasts, shapes, strict=True)]
+    unit = units[0] if len(set(units)) == 1 else ""
+    marked = _plain if uncomparable(runs) else _lowest_marked
+    losses = marked([last.get("loss") for last in lasts])
+    columns: dict[str, list[object]] = {
+        "run": [element("span", swatch(place), run.name) for place, run in enumerate(runs)],
+        "state": [_state(run) for run in runs],
+        "epochs": [f"{last.get('epoch', 0)} of {run.config.trainer.epochs}" for run, last in zip(runs, lasts, strict=True)],
+        "test loss": [joined([loss, "" if unit else f" {of}"]) for loss, of in zip(losses, units, strict=True)],
+        "n": [number(last.get("n")) for last in lasts],
+        "bce": [number(last.get("bce")) for last in lasts],
+        "kld": [number(last.get("kld")) for last in lasts],
+        "lowest loss": marked([min((row["loss"] for row in run.tests), default=None) for run in runs]),
+        "importance-weighted loss": marked([run.evaluation.get("nll") for run in runs]),
+        "active units": [number(active_units(run), 0) for run in runs],
+        "minutes": [number(run.rows[-1]["minutes"] if run.rows else None, 1) for run in runs],
+        "images/s": [number(images_per_second(run.epochs), 0) for run in runs],
+        "processes": [", ".join(map(str, processes(run))) or "—" for run in runs],
+    }
+    caption = f"Final figures; losses in {unit}" if unit else "Final figures"
+    return table(list(columns), list(zip(*columns.values(), strict=True)), caption, class_="figures")
+
+
+def _state(run: Facts) -> str:
+    return run.state if run.state == "finished" else f"{run.state}: {run.status.get('reason', 'nothing was said')}"
+
+
+def _plain(losses: Sequence[float | None]) -> list[object]:
+    return [number(loss) for loss in losses]
+
+
+def _lowest_marked(losses: Sequence[float | None]) -> list[object]:
+    """Losses of several runs, of which not all are the same."""
+    known = sorted(loss for loss in losses if loss is not None)
+    lowest = known[0] if known and known[0] < known[-1] else None
+    spoken = element("span", " (the lowest)", class_="spoken")
+    return [number(loss) if loss is None or loss != lowest else element("strong", number(loss), spoken) for loss in losses]
 
 
 def swatch(place: int) -> Html:
-    """The colour that a run has in the figures."""
-    return element("span", class_="swatch", style=f"background:{shade(place)}", aria_hidden="true")
+    """The colour that a run has in the figures, and whether its lines are broken."""
+    look = f"border-color:{shade(place)};border-top-style:{'solid' if dash(place) == 'solid' else 'dashed'}"
+    return element("span", class_="swatch", style=look, aria_hidden="true")
 
 
 def active_units(run: Facts) -> float | None:
@@ -123,7 +142,7 @@ def config(runs: Sequence[Facts]) -> Html:
     for name, default in usual.items():
         values = [values[name] for values in of_runs]
         is_set, differs = any(value != default for value in values), any(value != values[0] for value in values)
-        is_shown = differs if several else is_set
+        is_shown = differs and name != "output" if several else is_set
         mark = element("span", "≠ " if several else "● ", class_="mark", aria_hidden="true") if is_shown else None
         spoken = f" (differs {'between the runs' if several else 'from the default'})" if is_shown else None
         heading = element("th", mark, name, element("span", spoken, class_="spoken") if spoken else None, scope="row")
@@ -133,7 +152,7 @@ def config(runs: Sequence[Facts]) -> Html:
     head = element("tr", *(element("th", title, scope="col") for title in ("field", *(run.name for run in runs), "default")))
     inner = element("table", element("thead", head), element("tbody", *body), class_="config")
     what = "what differs between the runs" if several else "what differs from the defaults"
-    switch = element("input", type="checkbox", id="all-fields", class_="all-fields")
+    switch = element("input", type="checkbox", id="all-fields", class_="all-fields", autocomplete="off")
     words = element("label", f" all fields, not only {what}", for_="all-fields")
     region = element("div", inner, class_="scroll", tabindex=0, role="region", aria_label="Config")
     return element("div", switch, words, region)
