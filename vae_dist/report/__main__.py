@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import tyro
@@ -55,6 +56,7 @@ def main(args: list[str] | None = None) -> int:
     out = options.out or options.runs[0] / "report.html"
     facts = [read(path, name) for path, name in zip(options.runs, names(options.runs), strict=True)]
     require_replaceable(out)
+    require_writable(out)
     accelerator = start()
     content = page([subject(run, options.root, accelerator) for run in facts])
     write_atomically(out, content)
@@ -77,6 +79,16 @@ def require_replaceable(out: Path) -> None:
             beginning = file.read(500)
         if MARK.encode() not in beginning:
             raise InputError(f"--out {out}: is there and no report of this program; name another file, or remove it")
+
+
+def require_writable(out: Path) -> None:
+    """Raises InputError where no file can be written at `out`, before the work rather than after it."""
+    nearest = next(folder for folder in out.absolute().parents if folder.exists())  # others are made
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written there ({error.strerror}); name another file") from None
 
 
 def subject(run: Facts, root: str | None, accelerator: Accelerator) -> Subject:

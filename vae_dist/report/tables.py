@@ -40,7 +40,10 @@ def comparison(runs: Sequence[Facts], shapes: Sequence[Sequence[int] | None]) ->
         "run": [element("span", swatch(place), run.name) for place, run in enumerate(runs)],
         "state": [_state(run) for run in runs],
         "epochs": [f"{last.get('epoch', 0)} of {run.config.trainer.epochs}" for run, last in zip(runs, lasts, strict=True)],
-        "test loss": [joined([loss, "" if unit else f" {of}"]) for loss, of in zip(losses, units, strict=True)],
+        "test loss": [
+            joined([loss, None if unit else element("span", f" {of}", class_="unit")])
+            for loss, of in zip(losses, units, strict=True)
+        ],
         "n": [number(last.get("n")) for last in lasts],
         "bce": [number(last.get("bce")) for last in lasts],
         "kld": [number(last.get("kld")) for last in lasts],
@@ -51,6 +54,7 @@ def comparison(runs: Sequence[Facts], shapes: Sequence[Sequence[int] | None]) ->
         "images/s": [number(images_per_second(run.epochs), 0) for run in runs],
         "processes": [", ".join(map(str, processes(run))) or "—" for run in runs],
     }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"—"}}
     caption = f"Final figures; losses in {unit}" if unit else "Final figures"
     return table(list(columns), list(zip(*columns.values(), strict=True)), caption, class_="figures")
 
