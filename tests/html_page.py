@@ -1,8 +1,15 @@
 """A page of HTML as a reader without a browser takes it: its elements and their text."""
 
 import json
+import re
+from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+from tests.helpers import Outcome
 
 _VOID = {"img", "input", "link", "meta", "br"}
 _IN_LINE = {"a", "code", "output", "script", "span", "strong"}
@@ -53,9 +60,23 @@ class HtmlPage(HTMLParser):
         [element] = self.all(tag, **attributes)
         return element
 
+    def section(self, anchor: str) -> str:
+        """The text of a section."""
+        return self.one("section", id=anchor).text
+
     def figures(self) -> dict[str, Any]:
         """What the page's script draws, by the words that a screen reader says of it."""
         drawn: dict[str, Any] = json.loads("".join(self.one("script", id="figures").parts))
         return {
             each.attributes["aria-label"] or "": drawn[each.attributes["id"] or ""] for each in self.all("div", class_="plot")
         }
+
+
+def reported(command: Callable[..., Outcome], *args: object) -> HtmlPage:
+    """The page that a report is; the last line that the command prints names it."""
+    outcome = command("report", *args)
+    assert outcome.status == 0, outcome.err
+    [(file, size)] = re.findall(r"^(.+) \((.+) MB\): open it in a browser$", outcome.out, re.MULTILINE)
+    content = Path(file).read_text(encoding="utf-8")
+    assert float(size) == pytest.approx(len(content.encode()) / 1e6, abs=0.06)
+    return HtmlPage(content)

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
 
 from tests.browser import NARROW, WIDE, opened
 from tests.helpers import launch
 
 pytestmark = pytest.mark.slow
+
+NAME = "<script>alert(1)<i> %{y}"  # of a run
 
 _CENTRE = "node => { const box = node.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] }"
 
@@ -25,11 +28,11 @@ def report(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def comparison(trained: Path, small_root: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of the report of three runs, one of another model, and one with a name that would be markup."""
     folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(trained, folder / "<script>alert(1)<i>", ignore=shutil.ignore_patterns("wandb"))
+    shutil.copytree(trained, folder / NAME, ignore=shutil.ignore_patterns("wandb"))
     options = ["--data.root", small_root, "--trainer.epochs", 2, "--model.latent_dim", 3, "--tracking.wandb", "disabled"]
     done = launch("vae_dist.train", *options, "--output", folder / "narrow")
     assert done.returncode == 0, done.stderr
-    return written(folder / "comparison.html", trained, folder / "<script>alert(1)<i>", folder / "narrow")
+    return written(folder / "comparison.html", trained, folder / NAME, folder / "narrow")
 
 
 def written(file: Path, *runs: Path) -> str:
@@ -178,6 +181,59 @@ def test_pointing_at_the_latent_map_shows_the_image(page: Page) -> None:
     assert "image" in "".join(page.locator(".hovertext").all_text_contents())
 
 
+def test_a_figure_is_saved_as_a_picture(page: Page, tmp_path: Path) -> None:
+    figure(page, "Loss").hover()
+    with page.expect_download() as download:
+        figure(page, "Loss").locator("[data-title^='Download plot']").click()
+    assert download.value.suggested_filename == "Loss.png"
+    download.value.save_as(tmp_path / "Loss.png")
+    with Image.open(tmp_path / "Loss.png") as picture:
+        assert picture.size == (2 * 1140, 2 * 400)
+        assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255), "not transparent: it may lie on any page"
+        assert len(picture.convert("L").getcolors() or []) > 50
+
+
+def test_a_swipe_on_a_figure_scrolls_the_page(report: str, browser: Browser) -> None:
+    with browser.new_context(viewport={"width": NARROW, "height": 800}, has_touch=True, is_mobile=True) as context:
+        page = context.new_page()
+        page.goto(report)
+        wait(page)
+        x, y = centre(figure(page, "Loss").locator(".nsewdrag"))
+        before, finger = page.evaluate("scrollY"), context.new_cdp_session(page)
+        for moment in range(12):
+            kind, places = ("touchMove" if moment else "touchStart"), [{"x": x, "y": y - 15 * moment}]
+            finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+        finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        page.wait_for_function("before => scrollY > before + 50", arg=before)
+
+
+def test_coming_back_shows_what_the_controls_say(report: str, browser: Browser) -> None:
+    with opened(browser, report) as page:
+        wait(page)
+        page.locator(".slider input").first.fill("0")
+        page.get_by_label("epochs", exact=True).check()
+        page.get_by_label("all fields").check()
+        page.goto("about:blank")
+        page.go_back()
+        wait(page)
+        assert page.locator(".slider input").first.input_value() == "2"
+        assert (page.locator(".slides output").first.text_content() or "").startswith("epoch 3")
+        assert page.locator("input[name=axis]:checked").get_attribute("value") == "images"
+        assert of(page, "Loss", "layout.xaxis.title.text") == "images seen"
+
+
+def test_figures_that_are_not_drawn_yet_or_cannot_be_are_said_to_be_so(report: str, browser: Browser) -> None:
+    with opened(browser, report) as page:
+        page.add_init_script("window.Response = class { text() { return new Promise(() => {}) } }")
+        page.reload()
+        assert "drawn" in figure(page, "Loss").evaluate("place => getComputedStyle(place, '::before').content")
+        page.add_init_script("delete window.DecompressionStream")
+        page.reload()
+        page.wait_for_selector(".plot.missing")
+        words = page.locator(".plot").all_text_contents()
+        assert all("cannot draw the figure (DecompressionStream is not defined)" in told for told in words)
+
+
 def test_figures_follow_the_scheme_while_the_page_is_open(page: Page) -> None:
     tick = "getComputedStyle(document.querySelector('.xtick text')).fill"
     light = page.evaluate(tick)
@@ -194,6 +250,13 @@ def test_a_print_is_dark_on_white_and_has_every_field(report: str, browser: Brow
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert page.locator("tr.usual").first.is_visible()
         assert not page.locator("nav").is_visible()
+        for width in (600, 900):  # of papers
+            page.evaluate("width => { document.body.style.width = `${width}px`; document.body.style.margin = 0 }", width)
+            for plot in page.locator(".plot").all():
+                place, drawn = plot.bounding_box(), plot.locator(".main-svg").first.bounding_box()
+                assert drawn == place, "a figure fits its place"
+                assert place is not None
+                assert place["x"] + place["width"] <= width + 1
         assert page.pdf(format="A4").startswith(b"%PDF")
 
 
@@ -204,20 +267,23 @@ def test_fields_that_are_as_usual_are_shown_when_asked_for(page: Page) -> None:
 
 
 def test_every_control_is_reached_by_the_keyboard_and_seen_to_be(page: Page) -> None:
-    reached = set()
-    for _ in range(200):
+    reached = []
+    for _ in range(60):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.type ?? document.activeElement.tagName"))
+        reached.append(page.evaluate("document.activeElement.type ?? document.activeElement.tagName"))
         if page.evaluate("document.activeElement !== document.body"):
             assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
-    assert {"range", "radio", "checkbox"} <= reached
+    assert {"range", "radio", "checkbox"} <= {*reached}
+    assert "button" not in reached, "of which the figures have sixty"
+    roles = page.locator(".plot").evaluate_all("plots => plots.map(plot => [plot.role, plot.ariaLabel.length > 0])")
+    assert roles == [["group", True]] * len(roles)
 
 
 def test_three_runs_have_a_colour_each_and_one_slider(comparison: str, browser: Browser) -> None:
     with opened(browser, comparison) as page:
         wait(page)
         names = figure(page, "Loss").locator(".legendtext").all_text_contents()
-        assert names == ["trained", "<script>alert(1)<i>", "narrow"]
+        assert names == ["trained", NAME.replace("%{", "%\N{WORD JOINER}{"), "narrow"]
         colours = {trace["name"]: trace["line"]["color"] for trace in of(page, "Loss", "data")}
         assert len(set(colours.values())) == 3
         slides = page.locator(".slides", has_text="Samples")
@@ -236,3 +302,4 @@ def test_nothing_is_lost_without_scripts_but_figures_and_sliders(report: str, br
         page.goto(report)
         assert page.locator(".slides", has_text="Samples").locator("img:visible").count() == 1
         assert "nats per image" in page.locator("header").inner_text()
+        assert page.locator(".plot:visible").count() == 0, "of empty boxes"
