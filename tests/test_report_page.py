@@ -250,13 +250,15 @@ def test_a_print_is_dark_on_white_and_has_every_field(report: str, browser: Brow
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert page.locator("tr.usual").first.is_visible()
         assert not page.locator("nav").is_visible()
-        for width in (600, 900):  # of papers
+        for width in (690, 900):  # of an A4 sheet's middle, and of a larger one's
             page.evaluate("width => { document.body.style.width = `${width}px`; document.body.style.margin = 0 }", width)
             for plot in page.locator(".plot").all():
                 place, drawn = plot.bounding_box(), plot.locator(".main-svg").first.bounding_box()
                 assert drawn == place, "a figure fits its place"
                 assert place is not None
                 assert place["x"] + place["width"] <= width + 1
+            cut = "tables => tables.filter(table => table.scrollWidth > table.clientWidth).length"
+            assert page.locator(".scroll").evaluate_all(cut) == 0
         assert page.pdf(format="A4").startswith(b"%PDF")
 
 

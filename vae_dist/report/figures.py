@@ -67,7 +67,7 @@ def step_curve(runs: Sequence[Facts], figure: str, unit: str, is_log: bool = Fal
 def _log_axis(low: float, high: float) -> dict[str, Any]:
     """Of figures between two; with few enough numbers to have room beside each other."""
     if high < 5 * low:  # less than a decade: there would be hardly a number
-        return {"tickformat": "~s"}
+        return {"rangemode": "tozero", "tickformat": "~s"}
     return {"type": "log", "tickformat": "~s", "dtick": "D2" if high < 1e4 * low else 1}
 
 

@@ -20,7 +20,7 @@ function template() {
   const colour = (name) => style.getPropertyValue(name).trim();
   const axis = {
     gridcolor: colour("--line"), linecolor: colour("--line"), zerolinecolor: colour("--line"), tickcolor: colour("--line"),
-    automargin: true,
+    automargin: true, title: { standoff: 6 },
   };
   return {
     layout: {

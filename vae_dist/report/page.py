@@ -133,16 +133,11 @@ def duration(seconds: float) -> str:
 
 
 def _not_evaluated(subject: Subject) -> Html:
-    """How a run may still be evaluated, if it may."""
-    if subject.shape is None:
-        return note(f"None, and vae_dist.evaluate can make none: {subject.missing}")
-    return element(
-        "p",
-        "None yet: ",
-        element("code", shlex.join(["python", "-m", "vae_dist.evaluate", str(subject.facts.path)])),
-        " makes it.",
-        class_="note",
-    )
+    """What makes an evaluation, or why nothing can: what the map needs, it needs too."""
+    if subject.insight is None:
+        return note(f"None: {subject.missing}")
+    command = shlex.join(["python", "-m", "vae_dist.evaluate", str(subject.facts.path)])
+    return element("p", "None yet: ", element("code", command), " makes it.", class_="note")
 
 
 def _several(subjects: Sequence[Subject]) -> Html:
