@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import socket
 import statistics
 import time
 from collections.abc import Iterator
@@ -56,6 +57,18 @@ def settled(page: Page) -> None:
     answers = 0
     while answers != (answers := page.evaluate("() => performance.getEntriesByType('resource').length")):
         page.wait_for_timeout(300)
+
+
+def elsewhere(line: str) -> str:
+    """The address of a page as other machines reach it: this machine's own, with the port that was printed."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError as error:
+            pytest.skip(f"needs an address of this machine besides loopback: {error}")
+        address = way.getsockname()[0]
+    port = ADDRESS.findall(line)[0].rpartition(":")[2]
+    return f"http://{address}:{port}"
 
 
 def painted(page: Page, canvas: str) -> Tensor:
@@ -266,6 +279,17 @@ def test_a_bad_picture_file_or_seed_is_refused_in_words(browser: Browser, addres
     stroke(page, SEVEN)
     expect(trouble).to_be_hidden()
     page.close()
+
+
+def test_drawing_works_at_another_address_than_loopback(browser: Browser, trained: Path) -> None:
+    """There the browser has fewer features: to it, only this very machine's page is a secure one."""
+    with explored(trained, "--host", "0.0.0.0") as lines, opened(browser, elsewhere(lines[-1])) as page:
+        assert page.evaluate("() => isSecureContext") is False
+        settled(page)
+        stroke(page, SEVEN)
+        expect(page.locator("#figures")).to_contain_text("Negative ELBO")
+        assert grey(page, "#pad").float().mean() > 8
+        settled(page)
 
 
 # Between two test images
