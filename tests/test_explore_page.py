@@ -364,12 +364,18 @@ def test_without_test_images_the_page_says_so(browser: Browser, tmp_path: Path) 
 
 
 def test_where_the_server_has_ended_the_page_says_so(browser: Browser, trained: Path) -> None:
-    page = browser.new_page()
+    """At once, wherever the page is scrolled to; and nothing moves under a pen that draws."""
+    page = browser.new_page(viewport={"width": NARROW, "height": 800})
     with explored(trained) as lines:
         page.goto(ADDRESS.findall(lines[-1])[0])
         settled(page)
-    page.locator("#sliders input").first.press("ArrowRight")
-    expect(page.locator("#trouble")).to_contain_text("the server does not answer")
+    trouble, before = page.locator("#trouble"), page.locator("#pad").bounding_box()
+    stroke(page, SEVEN)
+    expect(trouble).to_contain_text("the server does not answer")
+    assert page.locator("#pad").bounding_box() == before
+    page.locator("#share").press("ArrowRight")
+    assert page.evaluate("() => scrollY") > 500
+    expect(trouble).to_be_in_viewport(ratio=1)
     page.close()
 
 
