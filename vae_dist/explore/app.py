@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Awaitable, Callable, Set
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Body, FastAPI, Query, Request
@@ -15,6 +15,7 @@ from vae_dist.config import ImagesLost, InputError
 from vae_dist.explore.explorer import Explorer
 
 _MOST_BYTES = 20_000_000  # of a request
+_MOST_SEED = 2**63 - 1
 _FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js", "/live.js": "live.js", "/pad.js": "pad.js"}
 _HEADERS = {
     "Cache-Control": "no-cache",  # a newer version of this package may serve the same address
@@ -30,7 +31,6 @@ def build_app(explorer: Explorer, names: Set[str]) -> FastAPI:
     async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
         return _turned_away(request, names) or await answer(request)
 
-    app.add_exception_handler(RequestValidationError, _refused)
     app.add_exception_handler(InputError, _refused)
     app.add_exception_handler(ImagesLost, _lost)
     for path, name in _FILES.items():
@@ -43,6 +43,17 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
     """What the page asks. These are no coroutines, so each has a thread of its own while it waits for the model."""
     dim, (channels, height, width) = explorer.model.latent_dim, explorer.model.image_shape
     size, raw = channels * height * width, "application/octet-stream"
+    wanted = {
+        "/decode": f"latents: they must be {dim} numbers",
+        "/sample": f"seed: it must be a whole number in 0 … {_MOST_SEED}",
+        "/encode": f"pixels: they must be {size} bytes",
+        "/upload": "the picture file is empty",
+        "/image": "number: it must be a whole number, that of a test image",
+    }
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, _: Exception) -> Response:  # FastAPI's own answer repeats the input, in pydantic's words
+        return _words(HTTPStatus.UNPROCESSABLE_ENTITY, wanted[request.url.path])
 
     @app.get("/model")
     def model() -> JSONResponse:
@@ -53,7 +64,7 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
         return JSONResponse(explorer.decode(latents))
 
     @app.get("/sample")
-    def sample(seed: Annotated[int, Query(ge=0, lt=2**63)]) -> JSONResponse:
+    def sample(seed: Annotated[int, Query(ge=0, le=_MOST_SEED)]) -> JSONResponse:
         return JSONResponse(explorer.sample(seed))
 
     @app.post("/encode")
@@ -101,12 +112,7 @@ def _is_own(host: str, names: Set[str]) -> bool:
 
 
 def _refused(_: Request, error: Exception) -> Response:
-    """Bad input, in one line. FastAPI's own answer repeats the input, and fails where that has a NaN."""
-    if not isinstance(error, RequestValidationError):
-        return _words(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
-    first: dict[str, Any] = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
-    return _words(HTTPStatus.UNPROCESSABLE_ENTITY, f"{place}: {first['msg']}" if place else first["msg"])
+    return _words(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
 
 
 def _lost(_: Request, error: Exception) -> Response:

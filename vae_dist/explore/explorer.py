@@ -118,7 +118,7 @@ class Explorer:
             try:
                 square = decode(file.name, Decoding(side, channels))
             except Unreadable as error:
-                raise InputError(f"no JPEG, PNG or WebP picture that can be read: {error}") from None
+                raise InputError(f"no picture that can be read ({error}): save it anew, as JPEG, PNG or WebP") from None
             with Image.open(file.name) as picture:
                 if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a photograph with a preview
                     raise InputError("the picture is animated; choose one that stands still")

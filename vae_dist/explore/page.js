@@ -91,9 +91,9 @@ function beginLatents() {
     set(values.map(() => 0), null);
     channel.put(decode, show, event.timeStamp);
   });
-  at("seed").addEventListener("change", (event) => channel.put(sample, showSample, event.timeStamp));
+  whenNumbered(at("seed"), (event) => channel.put(sample, showSample, event.timeStamp));
   at("random").addEventListener("click", (event) => {
-    at("seed").value = Math.floor(Math.random() * 10000);
+    at("seed").value = at("seed").defaultValue = Math.floor(Math.random() * 10000);
     channel.put(sample, showSample, event.timeStamp);
   });
   reveal(SHOWN_FIRST);
@@ -155,6 +155,20 @@ function beginDrawing(latents, channels) {
   at("borrow").addEventListener("click", () => fetched(pad, ask(`image?number=${anyImage()}`)));
 }
 
+/** Calls `then` when a field gets a number that it may have; any other is refused in words, and the field has its former one. */
+function whenNumbered(field, then) {
+  field.addEventListener("input", () => report("")); // what was said of the number before
+  field.addEventListener("change", (event) => {
+    if (!field.checkValidity()) {
+      report(`${field.labels[0].textContent}: it must be a whole number in ${field.min} … ${field.max}`);
+      field.value = field.defaultValue;
+    } else {
+      field.defaultValue = field.value;
+      then(event);
+    }
+  });
+}
+
 /** Shows a picture on the pad when it comes. */
 async function fetched(pad, answer) {
   try {
@@ -197,10 +211,10 @@ function beginBetween() {
   const show = (answer) => paint(at("middle"), answer.pixels);
   const changed = (event) => channel.put(picture, show, event?.timeStamp);
   for (const [i, id] of ids.entries()) {
-    Object.assign(at(id), { max: model.images - 1, value: Math.min(i, model.images - 1) });
-    at(id).addEventListener("change", changed);
+    Object.assign(at(id), { max: model.images - 1, defaultValue: Math.min(i, model.images - 1) });
+    whenNumbered(at(id), changed);
     at(`${id}-other`).addEventListener("click", (event) => {
-      at(id).value = anyImage();
+      at(id).value = at(id).defaultValue = anyImage();
       changed(event);
     });
   }
