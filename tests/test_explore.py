@@ -1,6 +1,7 @@
 """The page to play with a model, asked without a browser: its answers are the model's own, and whatever is wrong is refused."""
 
 import base64
+import copy
 import io
 import json
 import re
@@ -343,9 +344,28 @@ def test_what_a_foreign_page_sends_is_refused(client: TestClient, origin: str) -
     assert own.status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/page.js", "/model", "/image?number=300", "/nothing"])
+def test_no_answer_is_taken_for_what_it_is_not(client: TestClient, path: str) -> None:
+    for host, known in (("localhost", True), ("example.org", False)):
+        answer = client.get(path, headers={"Host": host})
+        assert (answer.status_code != 400) is known
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+
+
+def test_another_model_has_another_mark(client: TestClient, model: VAE, trained: Path) -> None:
+    """By which an open page knows that a run's server was followed by another's."""
+    config = load_model(trained)[1]
+    changed = copy.deepcopy(model)
+    next(changed.parameters()).data[0, 0] += 1e-3
+    runs = [("trained", model), ("trained", changed), ("other", model)]
+    marks = [client_of(Explorer(name, each, config, None)).get("/model").headers["x-model"] for name, each in runs]
+    assert marks[0] == client.get("/").headers["x-model"]
+    assert len(set(marks)) == 3
+
+
 def test_only_the_files_of_the_page_are_served(client: TestClient) -> None:
     page = client.get("/")
-    assert "default-src 'self'" in page.headers["content-security-policy"]
     names = re.findall(r'(?:src|href)="([^":]+)"', page.text)
     assert names == ["page.css", "page.js"]
     assert [client.get(f"/{name}").status_code for name in (*names, "live.js", "pad.js")] == [200] * 4

@@ -397,6 +397,30 @@ def test_where_the_server_has_ended_the_page_says_so(browser: Browser, trained: 
     page.close()
 
 
+def test_where_another_model_is_served_by_now_the_page_says_so_and_shows_none_of_it(
+    browser: Browser, trained: Path, tmp_path: Path
+) -> None:
+    page = browser.new_page()
+    with explored(saved(tmp_path / "run", "glyphs", (1, 28, 28), hidden=(30,), latent_dim=20)) as lines:
+        address = ADDRESS.findall(lines[-1])[0]
+        page.goto(address)
+        settled(page)
+        page.locator("#seed").press("ArrowUp")
+        settled(page)
+    before = (values(page), painted(page, "#picture"), painted(page, "#middle"))
+    with explored(trained, "--port", address.rpartition(":")[2]):
+        for change in (page.locator("#random").click, lambda: page.locator("#share").press("ArrowRight")):
+            change()
+            expect(page.locator("#trouble")).to_have_text("another model is served here now: reload the page")
+        after = (values(page), painted(page, "#picture"), painted(page, "#middle"))
+        assert all(map(torch.equal, before, after))
+        page.reload()
+        settled(page)
+        expect(page.locator("#facts")).to_contain_text(str(trained))
+        expect(page.locator("#trouble")).to_be_hidden()
+    page.close()
+
+
 # How it looks, and how fast it is
 
 

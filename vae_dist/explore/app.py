@@ -17,9 +17,10 @@ from vae_dist.explore.explorer import Explorer
 _MOST_BYTES = 20_000_000  # of a request
 _MOST_SEED = 2**63 - 1
 _FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js", "/live.js": "live.js", "/pad.js": "pad.js"}
-_HEADERS = {
+_HEADERS = {  # of every answer
     "Cache-Control": "no-cache",  # a newer version of this package may serve the same address
     "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
 }
 
 
@@ -29,7 +30,9 @@ def build_app(explorer: Explorer, names: Set[str]) -> FastAPI:
 
     @app.middleware("http")
     async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        return _turned_away(request, names) or await answer(request)
+        response = _turned_away(request, names) or await answer(request)
+        response.headers.update(_HEADERS | {"X-Model": explorer.mark})  # by which an open page knows its own model
+        return response
 
     app.add_exception_handler(InputError, _refused)
     app.add_exception_handler(ImagesLost, _lost)
@@ -82,7 +85,7 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
 
 def _sender(name: str) -> Callable[[], FileResponse]:
     """The answer to whoever asks for a file of the page."""
-    return lambda: FileResponse(Path(__file__).parent / name, headers=_HEADERS)
+    return lambda: FileResponse(Path(__file__).parent / name)
 
 
 def _turned_away(request: Request, names: Set[str]) -> Response | None:

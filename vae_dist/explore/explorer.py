@@ -1,6 +1,7 @@
 """What the page asks of a model: pictures of latents, latents of pictures, and test images with theirs."""
 
 import base64
+import hashlib
 import tempfile
 import threading
 from typing import Any
@@ -40,6 +41,7 @@ class Explorer:
                 f"{name}: its images have {model.image_shape[0]} channels; only 1 (grey) and 3 (colour) can be shown"
             )
         self.model, self._name, self._config, self._images, self._problem = model, name, config, images, problem
+        self.mark = _digest(name, model)
         self._is_binary = config.data.binarize != "none"
         self._model_turn, self._reader_turn = threading.Lock(), threading.Lock()
         self._noise = normal(derive_key(config.seed, Stream.EVALUATION), torch.zeros(1, dtype=torch.int64), model.latent_dim)
@@ -125,6 +127,14 @@ class Explorer:
         top, left = (side - height) // 2, (side - width) // 2
         pixels = torch.frombuffer(bytearray(square), dtype=torch.uint8).view(1, channels, side, side)
         return {"pixels": _written(as_images(pixels[..., top : top + height, left : left + width]))}
+
+
+def _digest(name: str, model: VAE) -> str:
+    """A SHA-256, in hex, of a run's name and its weights: another model has another."""
+    digest = hashlib.sha256(name.encode())
+    for weights in model.state_dict().values():
+        digest.update(weights.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()
