@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -333,7 +334,7 @@ def test_a_foreign_name_is_refused_even_if_it_leads_here(client: TestClient, hos
     for path in ("/", "/model"):
         answer = client.get(path, headers={"Host": host})
         assert answer.status_code == 400
-        assert "is no name of this server" in answer.json()["detail"]
+        assert "is no name of this server: use its address, or start it with --host NAME" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("origin", ["http://example.org", "null", "http://127.0.0.1:9000", "http://[", "http://localhost:8000"])
@@ -390,7 +391,9 @@ def test_the_command_serves_until_it_is_interrupted(trained: Path, command: Comm
 def test_what_cannot_be_served_is_refused(trained: Path, command: Command, tmp_path: Path) -> None:
     refused(command("explore", tmp_path, "--port", 0), "no weights there")
     assert "--port 65536: must be in 0 … 65535" in command("explore", trained, "--port", 65536).err
-    refused(command("explore", trained, "--host", "192.0.2.1", "--port", 0), "--host 192.0.2.1")
+    refused(command("explore", trained, "--host", "203.0.113.1", "--port", 0), "--host 203.0.113.1 --port 0")
+    for host in ("", "a" * 70, "a..b"):
+        refused(command("explore", trained, "--host", host, "--port", 0), f"--host {host}: no such host is known here")
 
 
 def test_without_its_extra_it_says_what_to_install(trained: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,10 +403,13 @@ def test_without_its_extra_it_says_what_to_install(trained: Path, command: Comma
 
 @pytest.mark.slow
 def test_another_address_than_loopback_is_warned_of(trained: Path, tmp_path: Path) -> None:
-    """And that there are no test images, of which the page knows then."""
+    """And that there are no test images, of which the page knows then. The name that is printed is one for other machines."""
     with explored(trained, "--host", "0.0.0.0", "--data.root", tmp_path) as lines:
         assert "warning: no test images: --data.name mnist" in lines[0]
         assert "warning: --host 0.0.0.0: whoever reaches this machine" in lines[1]
-        port = lines[2].split(":")[-1].split()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/model") as answer:
-            assert "train-images-idx3-ubyte is missing" in json.load(answer)["problem"]
+        printed = re.search(rf"http://{re.escape(socket.gethostname())}:(\d+) ", lines[2])
+        assert printed, lines[2]
+        for name in (socket.gethostname(), socket.getfqdn(), "192.0.2.7"):
+            request = urllib.request.Request(f"http://127.0.0.1:{printed[1]}/model", headers={"Host": name})
+            with urllib.request.urlopen(request) as answer:
+                assert "train-images-idx3-ubyte is missing" in json.load(answer)["problem"]

@@ -57,7 +57,8 @@ def main(args: list[str] | None = None) -> int:
         model, config = load_model(options.run)
         images, problem = load_test_images(model, replace(config.data, root=options.root or config.data.root))
         explorer = Explorer(str(options.run), model, config, images, problem)
-        app = build_app(explorer, {"localhost", options.host.lower(), socket.gethostname().lower()})
+        names = ("localhost", options.host, socket.gethostname(), socket.getfqdn())
+        app = build_app(explorer, {name.lower() for name in names})
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
         with contextlib.suppress(KeyboardInterrupt):  # the way to end it; uvicorn raises it again after it has hung up
             introduce(options, listener)
@@ -70,6 +71,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
+    except (socket.gaierror, UnicodeError):  # UnicodeError: of what no name can be
+        raise InputError(f"--host {host}: no such host is known here; give an address of this machine, or its name") from None
     except OSError as error:
         words = f"--host {host} --port {port}: {error.strerror}; name another port, or 0 for any that is free"
         raise InputError(words) from None
@@ -89,10 +92,13 @@ def load_test_images(model: VAE, config: DataConfig) -> tuple[Images | None, str
 
 def introduce(options: Options, listener: socket.socket) -> None:
     """Says where the page is, and who may use it."""
-    address, port = listener.getsockname()[:2]
-    if not ipaddress.ip_address(address).is_loopback:
-        print(f"warning: --host {options.host}: whoever reaches this machine may use the page, and see test images")
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    host, port = options.host, listener.getsockname()[1]
+    address = ipaddress.ip_address(listener.getsockname()[0])
+    if not address.is_loopback:
+        print(f"warning: --host {host}: whoever reaches this machine may use the page, and see test images")
+    if address.is_unspecified:  # all of this machine's, and elsewhere none of it
+        host = socket.gethostname()
+    host = f"[{host}]" if ":" in host else host
     print(f"{options.run}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
     if options.open == "yes":
         webbrowser.open(f"http://{host}:{port}")

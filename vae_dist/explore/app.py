@@ -96,7 +96,9 @@ def _turned_away(request: Request, names: Set[str]) -> Response | None:
     """
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if not _is_own(host, names):
-        return _words(HTTPStatus.BAD_REQUEST, f"{host!r} is no name of this server")
+        return _words(
+            HTTPStatus.BAD_REQUEST, f"{host!r} is no name of this server: use its address, or start it with --host NAME"
+        )
     if origin is not None and origin.partition("://")[2] != host:
         return _words(HTTPStatus.FORBIDDEN, f"a page of {origin} may not ask this server")
     if "transfer-encoding" in request.headers:
