@@ -45,7 +45,7 @@ def digits() -> Tensor:
 
 @pytest.fixture(scope="module")
 def explorer(trained: Path, digits: Tensor) -> Explorer:
-    return Explorer("trained", *load_model(trained), Resident(digits))
+    return Explorer("trained", *load_model(trained), Resident(digits, torch.arange(300) % 10))
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,10 @@ def test_the_dimensions_come_in_the_order_of_what_they_tell_of_test_images(
     assert (facts["shape"], facts["latent_dim"], facts["images"]) == ([1, 28, 28], 20, 300)
 
 
-def test_a_test_image_comes_with_its_posterior_mean(client: TestClient, model: VAE, digits: Tensor) -> None:
+def test_a_test_image_comes_with_its_posterior_mean_and_its_class(client: TestClient, model: VAE, digits: Tensor) -> None:
     answer = client.get("/image", params={"number": 299}).json()
     assert torch.equal(drawn(answer, (1, 28, 28)), digits[299])
+    assert answer["label"] == 9
     with torch.no_grad():
         assert answer["latents"] == pytest.approx(model.encode(digits[299:] / 255).mean[0].tolist(), abs=1e-6)
 
@@ -147,7 +148,9 @@ def test_colours_keep_their_places() -> None:
     model, config = untrained((3, 8, 6), hidden=(30,), latent_dim=2)
     pixels = torch.randint(256, (3, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     client = client_of(Explorer("colour", model, config, Resident(pixels.unsqueeze(0))))
-    assert torch.equal(drawn(client.get("/image", params={"number": 0}).json(), (3, 8, 6)), pixels)
+    image = client.get("/image", params={"number": 0}).json()
+    assert torch.equal(drawn(image, (3, 8, 6)), pixels)
+    assert image["label"] is None  # nor has such a set classes
     sent = pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
     answer = client.post("/encode", content=sent, headers=RAW).json()
     with torch.no_grad():

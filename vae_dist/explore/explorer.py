@@ -99,7 +99,9 @@ class Explorer:
         }
 
     def image(self, number: int) -> dict[str, Any]:
-        """A test image and its posterior mean. Raises InputError where there is none of this number."""
+        """A test image, its posterior mean, and its class where the set has such. Raises InputError where there is none of this
+        number.
+        """
         if self._images is None:
             raise InputError(self._problem)
         if not 0 <= number < len(self._images):
@@ -108,7 +110,8 @@ class Explorer:
             image = as_images(self._images.rows(torch.tensor([number], device=self._images.device))).cpu()
             mean = self.model.encode(image).mean
         _require_finite(mean)
-        return {"latents": mean[0].tolist(), "pixels": _written(image)}
+        label = None if self._images.labels is None else int(self._images.labels[number])
+        return {"latents": mean[0].tolist(), "label": label, "pixels": _written(image)}
 
     def upload(self, content: bytes) -> dict[str, Any]:
         """The middle of a picture file, at the size and in the colours of the model. Raises InputError where it is none."""
