@@ -32,7 +32,7 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Folder of the run, or of one of its checkpoints."""
     host: str = "127.0.0.1"
-    """Address to listen at. Whoever reaches another one than this machine's own may use the page."""
+    """Address to listen at. Without a password: this one is open to all users of this machine, another to all who reach it."""
     port: int = 8000
     """Port to listen at; 0: any that is free."""
     open: Literal["no", "yes"] = "no"
