@@ -27,6 +27,7 @@ from tests.test_photos import png_of_size
 from vae_dist.config import Config, DataConfig, InputError, ModelConfig
 from vae_dist.data import glyphs, sources
 from vae_dist.data.images import Resident
+from vae_dist.explore.__main__ import listen
 from vae_dist.explore.app import build_app
 from vae_dist.explore.explorer import Explorer
 from vae_dist.model import VAE, build_model
@@ -397,6 +398,14 @@ def test_what_cannot_be_served_is_refused(trained: Path, command: Command, tmp_p
     refused(command("explore", trained, "--host", "203.0.113.1", "--port", 0), "--host 203.0.113.1 --port 0")
     for host in ("", "a" * 70, "a..b"):
         refused(command("explore", trained, "--host", host, "--port", 0), f"--host {host}: no such host is known here")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_all_addresses_are_those_of_both_versions() -> None:
+    """The host name that is printed may lead to either."""
+    with listen("::", 0) as listener:
+        for address in ("127.0.0.1", "::1"):
+            socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
 
 
 def test_without_its_extra_it_says_what_to_install(trained: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

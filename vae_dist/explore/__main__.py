@@ -70,7 +70,8 @@ def listen(host: str, port: int) -> socket.socket:
     """An open port. Raises InputError where it is taken, or not this machine's."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # so that `::` listens at those of version 4, too
+        listener = socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except (socket.gaierror, UnicodeError):  # UnicodeError: of what no name can be
         raise InputError(f"--host {host}: no such host is known here; give an address of this machine, or its name") from None
     except OSError as error:
