@@ -84,9 +84,16 @@ def commit_of(path: Path) -> dict[str, Any] | None:
 def _git(folder: Path, *args: str) -> str | None:
     """What git prints; None where there is no git, no repository, or no answer in time. It changes nothing there."""
     command = ["git", "--no-optional-locks", "-C", str(folder), *args]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's repository
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=False, stdin=subprocess.DEVNULL
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
         return None

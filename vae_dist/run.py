@@ -213,6 +213,11 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "trainer.json").is_file()
 
 
+def run_of(folder: Path) -> Path:
+    """The run whose folder it is, or one of whose checkpoints."""
+    return folder.parent.parent if is_checkpoint(folder) else folder
+
+
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """The description of a model, its weights, and those of its average, if it has one."""
     try:
