@@ -79,4 +79,4 @@ def test_without_the_extra_it_says_what_to_install(
     trained: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vae_dist.export.find_spec", lambda _: None)
-    refused(command("export", trained), "pip install 'vae_dist[onnx]'")
+    refused(command("export", trained), "pip install '.[onnx]'")

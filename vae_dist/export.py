@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor, nn
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import InputError
+from vae_dist.config import InputError, missing_extra
 from vae_dist.distributed import run_entry_point
 from vae_dist.model import VAE
 from vae_dist.options import command_line
@@ -45,7 +45,7 @@ def main(args: list[str] | None = None) -> int:
 def require_packages() -> None:
     """Raises InputError where the extra is not installed."""
     if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
-        raise InputError(f"vae_dist.export: needs {', '.join(missing)}: pip install 'vae_dist[onnx]'")
+        raise missing_extra(f"vae_dist.export: needs {', '.join(missing)}", "onnx")
 
 
 def to_onnx(model: VAE, folder: str | Path) -> dict[Path, float]:
