@@ -1,6 +1,7 @@
 """The page, and what it asks of an explorer, over HTTP."""
 
 import ipaddress
+import math
 from collections.abc import Awaitable, Callable, Set
 from http import HTTPStatus
 from pathlib import Path
@@ -34,6 +35,12 @@ def build_app(explorer: Explorer, names: Set[str]) -> FastAPI:
         response.headers.update(_HEADERS | {"X-Model": explorer.mark})  # by which an open page knows its own model
         return response
 
+    wanted = _wanted(explorer)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, _: Exception) -> Response:  # FastAPI's own answer repeats the input, in pydantic's words
+        return _words(HTTPStatus.UNPROCESSABLE_ENTITY, wanted[request.url.path])
+
     app.add_exception_handler(InputError, _refused)
     app.add_exception_handler(ImagesLost, _lost)
     for path, name in _FILES.items():
@@ -46,17 +53,6 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
     """What the page asks. These are no coroutines, so each has a thread of its own while it waits for the model."""
     dim, (channels, height, width) = explorer.model.latent_dim, explorer.model.image_shape
     size, raw = channels * height * width, "application/octet-stream"
-    wanted = {
-        "/decode": f"latents: they must be {dim} numbers",
-        "/sample": f"seed: it must be a whole number in 0 … {_MOST_SEED}",
-        "/encode": f"pixels: they must be {size} bytes",
-        "/upload": "the picture file is empty",
-        "/image": "number: it must be a whole number, that of a test image",
-    }
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, _: Exception) -> Response:  # FastAPI's own answer repeats the input, in pydantic's words
-        return _words(HTTPStatus.UNPROCESSABLE_ENTITY, wanted[request.url.path])
 
     @app.get("/model")
     def model() -> JSONResponse:
@@ -81,6 +77,17 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
     @app.get("/image")
     def image(number: int) -> JSONResponse:
         return JSONResponse(explorer.image(number))
+
+
+def _wanted(explorer: Explorer) -> dict[str, str]:
+    """What is said where a question has not what it takes, by its path."""
+    return {
+        "/decode": f"latents: they must be {explorer.model.latent_dim} numbers",
+        "/sample": f"seed: it must be a whole number in 0 … {_MOST_SEED}",
+        "/encode": f"pixels: they must be {math.prod(explorer.model.image_shape)} bytes",
+        "/upload": "the picture file is empty",
+        "/image": "number: it must be a whole number, that of a test image",
+    }
 
 
 def _sender(name: str) -> Callable[[], FileResponse]:
