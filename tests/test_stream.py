@@ -117,6 +117,7 @@ def same(run: Path, other: Path) -> bool:
     return (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_slow_and_failing_server_changes_nothing_on_two_processes(
     options: list[object], undisturbed: Path, way: Way, tmp_path: Path
 ) -> None:
