@@ -410,7 +410,7 @@ def test_all_addresses_are_those_of_both_versions() -> None:
 
 def test_without_its_extra_it_says_what_to_install(trained: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    refused(command("explore", trained), "uvicorn", "pip install 'vae_dist[explore]'")
+    refused(command("explore", trained), "uvicorn", "pip install '.[explore]'")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vae_dist.config import DataConfig, InputError
+from vae_dist.config import DataConfig, InputError, missing_extra
 from vae_dist.data.images import Images
 from vae_dist.distributed import run_entry_point
 from vae_dist.explore.explorer import Explorer
@@ -52,7 +52,7 @@ def main(args: list[str] | None = None) -> int:
 
         from vae_dist.explore.app import build_app
     except ModuleNotFoundError as error:
-        raise InputError(f"the page needs {error.name}: pip install 'vae_dist[explore]'") from None
+        raise missing_extra(f"the page needs {error.name}", "explore") from None
     with listen(options.host, options.port) as listener:
         model, config = load_model(options.run)
         images, problem = load_test_images(model, replace(config.data, root=options.root or config.data.root))
