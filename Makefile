@@ -33,7 +33,7 @@ train: setup ## train on the embedded digits (no download), or on CONFIG, in one
 	$(BIN)/python $(TRAIN) $(ARGS)
 
 train-mnist: CONFIG = configs/mnist.yaml
-train-mnist: setup ## train the seed's job: MNIST, 784-400-20, Adam 1e-3, batch 128, 10 epochs
+train-mnist: setup ## train the classic job: MNIST, 784-400-20, Adam 1e-3, batch 128, 10 epochs
 	$(BIN)/python $(TRAIN) $(ARGS)
 
 train-multi-cpu: setup ## train in NUM_PROCESSES processes (2) on the CPU
@@ -62,11 +62,12 @@ test: setup ## run the tests, some at a time
 test-browser: setup ## open the pages that vae_dist makes in a real browser (Debian's package chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_*_page.py -o addopts="--strict-markers --strict-config"
 
-test-programs: setup ## what `make test` has no minutes for: whole programs, launchers, ONNX files, uploads, a small benchmark; some two minutes
+test-programs: setup ## what `make test` has no minutes for: whole programs, launchers, ONNX files, uploads, a small benchmark; some three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_library.py tests/test_export.py tests/test_upload.py tests/test_explore.py \
-		tests/test_progress.py tests/test_command.py tests/test_launch.py tests/test_bench.py -o addopts="--strict-markers --strict-config"
+		tests/test_progress.py tests/test_command.py tests/test_launch.py tests/test_bench.py \
+		tests/test_verify.py tests/test_stream.py -o addopts="--strict-markers --strict-config"
 
-test-mnist: setup ## run the seed's whole job in five settings (slow; VAE_DIST_DATA=DIR must have MNIST/raw)
+test-mnist: setup ## run the whole classic job in five settings (slow; VAE_DIST_DATA=DIR must have MNIST/raw)
 	$(BIN)/python -m pytest -m slow tests/test_mnist.py -o addopts="--strict-markers --strict-config"
 
 test-crash: setup ## kill a run at 70 random moments and compare it with one left in peace (slow)

@@ -1,4 +1,4 @@
-"""Which learning rate is best at which batch size: the seed's network on MNIST, Adam, the same number of epochs for all.
+"""Which learning rate is best at which batch size: the classic network on MNIST, Adam, the same number of epochs for all.
 
 python -m benchmarks.batch_size --data DIR        (make batch-size)
 Prints a table of test losses, in nats per image, as Markdown; the best of each row is marked.

@@ -39,7 +39,8 @@ def everywhere(ring: Ring) -> Network:
 
 
 # No GPU network has been measured by us: these figures are chosen so that they agree with published orders of magnitude and
-# with the times that our targets state for the seed model's 2.6 MB. A step costs more than the hardware's latency: NCCL's too.
+# with the times that our targets state for the 2.6 MB of the classic model. A step costs more than the hardware's latency:
+# NCCL's too.
 _NVLINK = Ring(2.0e-6, 370e9)  # H100, NVLink 4: 450 GB/s each way, of which large sums get some 80 %; 2.6 MB: 40 µs on 8 GPUs
 # Two nodes or more, a 400 Gbit/s adapter for each of a node's eight GPUs: 8 x 50 GB/s, 80 % of it; 2.6 MB: 130 µs on two nodes.
 _INFINIBAND = Ring(3.8e-6, 320e9)
@@ -200,7 +201,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--measured", type=Path, default=MEASURED, help="what benchmarks.communication wrote")
     parser.add_argument("--latency-us", type=float, help="of a step of the ring, in place of --network")
     parser.add_argument("--gbytes-per-s", type=float, help="that a GPU sends, in place of --network")
-    parser.add_argument("--parameters", type=int, default=652_824, help="of the model (the seed's); gradients are float32")
+    parser.add_argument("--parameters", type=int, default=652_824, help="of the model (the classic one); gradients are float32")
     parser.add_argument("--images", type=int, default=128, help="of one GPU's step")
     parser.add_argument("--step-us", type=float, help="microseconds of a step on one GPU")
     parser.add_argument("--mflop-per-image", type=float, help="of a training step; with --tflops, in place of --step-us")

@@ -29,14 +29,14 @@ def chromium() -> Iterator[Browser]:
 @contextlib.contextmanager
 def opened(browser: Browser, address: str, width: int = WIDE, scheme: Literal["light", "dark"] = "light") -> Iterator[Page]:
     """A page that is fully loaded. What went wrong in it by the end of the block fails the test: errors of scripts, messages
-    of the console, and requests, of which none may go to another host.
+    of the console, and requests, of which none may go to another host than the page's.
     """
     wrong: list[str] = []
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
 
     def route(request: Route) -> None:
         host = urlparse(request.request.url).hostname
-        if host in (None, "127.0.0.1", "localhost"):
+        if host in (None, "127.0.0.1", "localhost", urlparse(address).hostname):
             request.continue_()
         else:
             wrong.append(f"asks {host}")

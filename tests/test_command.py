@@ -110,16 +110,24 @@ def test_exit_status_and_words_are_those_of_the_entry_point(script: Path, tmp_pa
     assert through == run("-m", "vae_dist.evaluate", tmp_path / "nowhere")
 
 
+def test_a_locale_without_some_letters_gets_question_marks(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    outcome = run(script, "train", "--help")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "?" in outcome.out
+
+
 @pytest.mark.slow
 def test_a_launcher_starts_the_command_too(script: Path, small_root: Path, tmp_path: Path) -> None:
     """From a folder without recipes, which are in the package; the next commands are named as they can be typed there."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "vae-dist", "train"]
-    options = ["--config", "mnist", "--data.root", small_root, "--trainer.epochs", 1, "--tracking.wandb", "disabled"]
+    options = ["--config", "mnist", "--data.root", small_root, "--trainer.epochs", 1, "--output", "runs/my run"]
     outcome = run(*launcher, *options, cwd=tmp_path, path=script.parent)
     assert outcome.status == 0, outcome.err
-    assert "  generate     vae-dist generate runs/mnist\n" in outcome.out
-    assert json.loads((tmp_path / "runs" / "mnist" / "status.json").read_text())["state"] == "finished"
-    rows = (tmp_path / "runs" / "mnist" / "metrics.jsonl").read_text().splitlines()
+    assert "  generate     vae-dist generate 'runs/my run'\n" in outcome.out
+    assert " -m wandb sync 'runs/my run/wandb'/offline-run-*\n" in outcome.out
+    assert json.loads((tmp_path / "runs" / "my run" / "status.json").read_text())["state"] == "finished"
+    rows = (tmp_path / "runs" / "my run" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(row)["processes"] for row in rows if "processes" in row} == {2}
 
 

@@ -168,6 +168,6 @@ def test_without_a_key_a_server_or_the_packages_it_is_refused(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    refused(command("dashboard"), "pip install 'vae_dist[dashboard]'")
+    refused(command("dashboard"), "pip install '.[dashboard]'")
     monkeypatch.delitem(sys.modules, "wandb_workspaces")
     refused(command("dashboard"), "http://127.0.0.1:9 does not answer")

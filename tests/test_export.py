@@ -30,6 +30,8 @@ def test_the_command_writes_what_computes_the_same(trained: Path, command: Calla
         torch.testing.assert_close(run(tmp_path / "encoder.onnx", images=images), list(model.encode(images)))
         torch.testing.assert_close(run(tmp_path / "decoder.onnx", latents=latents), [model.decode(latents)])
     assert outcome.out.count("from the model itself") == 2
+    for file in tmp_path.iterdir():
+        assert b".py" not in file.read_bytes(), "no place of this machine"
 
 
 @pytest.mark.slow
@@ -65,14 +67,16 @@ def test_files_that_would_compute_something_else_are_not_written(tmp_path: Path)
             self.calls += 1
             return super().decode(latents) + self.calls
 
-    made = build()
-    with pytest.raises(InputError, match="other figures"):
-        to_onnx(Unsteady(made.encoder, made.decoder, 3, (1, 28, 28)).eval(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    made, spoilt = build(), build()
+    next(spoilt.encoder.parameters()).data.fill_(torch.nan)
+    for model in (Unsteady(made.encoder, made.decoder, 3, (1, 28, 28)).eval(), spoilt):
+        with pytest.raises(InputError, match="other figures"):
+            to_onnx(model, tmp_path)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_extra_it_says_what_to_install(
     trained: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vae_dist.export.find_spec", lambda _: None)
-    refused(command("export", trained), "pip install 'vae_dist[onnx]'")
+    refused(command("export", trained), "pip install '.[onnx]'")

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 
 import vae_dist
@@ -21,9 +19,8 @@ from tests.helpers import ROOT, Outcome, launch, records, refused, resident
 from tests.own_program import Dataset, Laplace, Listener, build, settings
 from vae_dist import VAE, Config, DataConfig, InputError, ModelConfig, OptimizerConfig, TrackingConfig, TrainerConfig
 from vae_dist.data import glyphs
-from vae_dist.data.images import HostImages
-from vae_dist.data.own import own_images
 from vae_dist.model import seeded
+from vae_dist.run import RunFolder
 
 IMAGES = glyphs.draw(0, 120)[0]
 TRAIN, TEST = IMAGES[:90], IMAGES[90:]
@@ -67,6 +64,14 @@ def test_own_parts_give_the_same_bytes_at_one_and_at_two_processes(tmp_path: Pat
     assert said[0].endswith("of 100")
 
 
+@pytest.mark.slow
+def test_what_is_wrong_on_one_process_alone_is_told_once_and_ends_all(tmp_path: Path) -> None:
+    done = launch("tests.own_program", tmp_path, processes=2, WRONG_ON_RANK="1")
+    assert done.returncode != 0
+    assert done.stderr.count("error: train[0]: floats must be in [0, 1], but are from 0 to 255") == 1
+    assert "another process of this run is gone" not in done.stderr
+
+
 def test_a_second_call_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> None:
     first = vae_dist.fit(small(tmp_path), TRAIN, TEST)
     listener = Listener()
@@ -75,8 +80,17 @@ def test_a_second_call_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> 
     assert torch.equal(again.model.sample(2), first.model.sample(2))
     more = vae_dist.fit(small(tmp_path, epochs=3), TRAIN, TEST)
     assert more.test["epoch"] == 3
-    with pytest.raises(InputError, match="trained on other images than those in what"):
-        vae_dist.fit(small(tmp_path, epochs=4), TRAIN.flip(0), TEST)
+    for train, test, told in ((TRAIN.flip(0), TEST, "trained"), (TRAIN, TEST[:7], "tested")):
+        with pytest.raises(InputError, match=f"{told} on other images than those in what"):
+            vae_dist.fit(small(tmp_path, epochs=4), train, test)
+
+
+def test_black_and_white_images_of_ones_own_have_log_likelihoods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = ((images > 127).float() for images in (TRAIN, TEST))
+    result = vae_dist.fit(small(tmp_path), train, test)
+    assert "not a log-likelihood" not in capsys.readouterr().out
+    assert result.test["loss"] == vae_dist.measure(result.model, test)["loss"]
+    assert RunFolder(tmp_path).config().data.binarize == "static"
 
 
 def test_callbacks_hear_of_rows_and_epochs_and_may_end_the_training(tmp_path: Path) -> None:
@@ -113,18 +127,6 @@ def test_a_training_that_is_told_to_stop_says_75_and_goes_on_when_called_again(t
     assert vae_dist.fit(small(tmp_path), TRAIN, TEST, callbacks=[Signal()]).status == 75
     assert signal.getsignal(signal.SIGTERM) is before
     assert vae_dist.fit(small(tmp_path), TRAIN, TEST).status == 0
-
-
-def test_the_process_is_afterwards_as_it_was(tmp_path: Path) -> None:
-    mine = Accelerator(cpu=True)
-    threads = torch.get_num_threads()
-    for precision, deterministic in (("bf16", False), ("fp32", True)):
-        trainer = TrainerConfig(epochs=1, precision=precision, deterministic=deterministic)  # type: ignore[arg-type]
-        vae_dist.fit(dataclasses.replace(small(tmp_path / precision), trainer=trainer), TRAIN, TEST)
-        assert torch.get_num_threads() == threads
-        assert not torch.are_deterministic_algorithms_enabled()
-        assert mine.mixed_precision == "no"
-        assert mine.reduce(torch.ones(1)).item() == 1
 
 
 def test_own_modules_are_loaded_with_the_function_that_built_them(tmp_path: Path, command: Callable[..., Outcome]) -> None:
@@ -296,95 +298,6 @@ def test_the_model_that_is_left_computes_without_autocast(tmp_path: Path) -> Non
 def test_the_command_has_no_modules_or_images_of_ones_own(name: str, command: Callable[..., Outcome], tmp_path: Path) -> None:
     options = ["--data.name", name, "--model.kind", "own", "--model.likelihood", "own", "--output", tmp_path]
     refused(command("train", *options), "vae_dist.fit")
-
-
-class Items:
-    """A Dataset of whatever items."""
-
-    def __init__(self, *items: Any) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.items[i]
-
-
-COLOURS = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        COLOURS,
-        COLOURS / 255,
-        COLOURS.double() / 255,
-        Items(*COLOURS),
-        Items(*[(image / 255, 7) for image in COLOURS]),
-        Items(*[(image, torch.zeros(40)) for image in COLOURS]),
-        Items(*[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in COLOURS]),
-        Items(*[(image.permute(1, 2, 0).numpy(), np.int64(7)) for image in COLOURS]),
-    ],
-)
-def test_tensors_and_items_become_the_same_images(given: Any) -> None:
-    images = own_images(given, "train")
-    assert torch.equal(images.rows(torch.arange(2)), COLOURS)
-    labels = getattr(images, "labels", None)
-    assert labels is None or labels.tolist() == [7, 7]
-
-
-class Counting(HostImages):
-    """Images that are computed when they are asked for."""
-
-    shape = (1, 4, 4)
-
-    def __len__(self) -> int:
-        return 64
-
-    def digest(self) -> str:
-        return "of 64 images that count"
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        return (indices.view(-1, 1, 1, 1) * 3).expand(-1, *self.shape).to(torch.uint8)
-
-
-def test_a_set_of_ones_own_is_fetched_as_it_is_needed(tmp_path: Path) -> None:
-    held = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1, 1).mul(3).expand(-1, 1, 4, 4)
-    assert torch.equal(torch.cat(list(Counting().blocks())), held)
-    fetched = vae_dist.fit(small(tmp_path / "fetched"), Counting(), Counting())
-    assert fetched.test["loss"] == vae_dist.fit(small(tmp_path / "held"), held, held).test["loss"]
-
-
-def test_grey_images_may_lack_the_channel() -> None:
-    assert own_images(COLOURS[:, 0], "train").shape == (1, 4, 5)
-    assert own_images(Items(*COLOURS[:, 0]), "train").shape == (1, 4, 5)
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (COLOURS.numpy(), "torch.from_numpy"),
-        (torch.zeros(3, 1, 2, 2, dtype=torch.complex64), "not torch.complex64"),
-        ((COLOURS > 60).to(torch.uint8), "times 255"),
-        (COLOURS[:, :, :, :1].transpose(1, 2).repeat(1, 2, 1, 1), "channels come first"),
-        (Items(Image.new("P", (5, 4))), r"train\[0\]: is a picture of mode P"),
-        (Items(()), r"train\[0\]: must be an image"),
-        (COLOURS.float(), "train: floats must be in .* from 0 to 119"),
-        (COLOURS / 255 - 0.5, "Leave out what normalises them"),
-        (COLOURS.long(), "must be uint8"),
-        (torch.full((1, 2, 2), torch.nan), "from nan to nan"),
-        (torch.zeros(0, 1, 2, 2), r"\(0, 1, 2, 2\)"),
-        (torch.zeros(2, 2), r"\(2, 2\)"),
-        (Items(), "with a length"),
-        (iter([COLOURS]), "with a length"),
-        (Items(COLOURS[0], COLOURS[0, :, :2]), "of one shape"),
-        (Items("a.png"), r"train\[0\]: must be an image"),
-    ],
-)
-def test_what_is_no_set_of_images_is_refused(given: Any, told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        own_images(given, "train")
 
 
 def test_the_examples_of_the_documentation_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

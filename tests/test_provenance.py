@@ -15,14 +15,14 @@ import pytest
 
 from tests.helpers import Outcome, launch, refused, resident
 from vae_dist.config import DataConfig, InputError
-from vae_dist.provenance import commit_of, read_starts
+from vae_dist.provenance import commit_of
 from vae_dist.run import RunFolder
 
 Command = Callable[..., Outcome]
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
-    return read_starts(RunFolder(run))
+    return RunFolder(run).read_starts()
 
 
 def git(folder: Path, *args: str) -> str:

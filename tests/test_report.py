@@ -127,7 +127,8 @@ def test_words_from_files_are_never_markup(run: Path, command: Command) -> None:
     name = "<script>alert(2)<b>%{y}"
     other = Path(shutil.copytree(run, run.parent / name))
     (other / "status.json").write_text(json.dumps({"state": evil, "reason": f'"{evil}', "time": evil}))
-    (other / "evaluation.json").write_text(json.dumps({evil: evil, "nll": 1.5}))
+    of_weights = json.loads((other / "config.json").read_text())["sha256"]
+    (other / "evaluation.json").write_text(json.dumps({evil: evil, "nll": 1.5, "weights_sha256": of_weights}))
     starts = RunFolder(other).starts
     start = json.loads(starts.read_text())
     start |= {"command": ["python", evil], "versions": {evil: evil}, "places": [evil, {"host": evil}], "time": evil}
@@ -212,6 +213,8 @@ def test_the_evaluation_is_there_when_it_was_made(run: Path, command: Command) -
     header = page.one("header").text
     assert f"Importance-weighted loss {found['nll']:.2f} ± {found['nll_stderr']:.2f} nats per image, not a log-l" in header
     assert f"Active units {found['active_units']} of 20 latent dimensions" in header
+    (run / "evaluation.json").write_text(json.dumps(found | {"weights_sha256": "of weights of an earlier epoch"}))
+    assert "None yet" in reported(command, run).section("evaluation")
 
 
 def test_runs_are_compared_with_what_differs_marked(run: Path, quick: list[object], command: Command, tmp_path: Path) -> None:

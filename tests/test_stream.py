@@ -117,6 +117,7 @@ def same(run: Path, other: Path) -> bool:
     return (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_slow_and_failing_server_changes_nothing_on_two_processes(
     options: list[object], undisturbed: Path, way: Way, tmp_path: Path
 ) -> None:
@@ -198,5 +199,5 @@ def test_an_index_of_others_and_shards_that_are_missing_are_refused(
 
 def test_without_the_extra_it_is_named(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "litdata.streaming.downloader", None)
-    with pytest.raises(InputError, match=r"needs LitData .*pip install 'vae_dist\[stream\]'"):
+    with pytest.raises(InputError, match=r"needs LitData .*pip install '\.\[stream\]'"):
         Streamed(config(), "train")

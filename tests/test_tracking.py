@@ -135,6 +135,7 @@ def test_a_full_disk_for_wandbs_files_does_not_stop_training(
         ("auto", {"WANDB_API_KEY": "k"}, "online"),
         ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled"),
         ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline"),
         ("offline", {"WANDB_API_KEY": "k"}, "offline"),
         ("online", {"WANDB_API_KEY": "k"}, "online"),
         ("disabled", {"WANDB_API_KEY": "k"}, "disabled"),
@@ -146,6 +147,7 @@ def test_the_mode_is_decided_without_asking(
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(Config(tracking=TrackingConfig(wandb=asked))) == mode
@@ -162,6 +164,16 @@ def test_a_key_in_netrc_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert wandb_mode(Config()) == "offline"
     with pytest.raises(InputError, match="WANDB_API_KEY"):
         wandb_mode(Config(tracking=TrackingConfig(wandb="online")))
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://other.example\n")
+    assert wandb_mode(Config()) == "offline", "no key of the server that `wandb login --host` chose"
+    (tmp_path / "settings").write_text("[default]\nmode = disabled\n")
+    assert wandb_mode(Config()) == "disabled"
+    (tmp_path / "settings").write_bytes(b"\xff not settings")
+    assert wandb_mode(Config()) == "online"
+    (tmp_path / "netrc").write_bytes(b"\xff")
+    assert wandb_mode(Config()) == "offline"
 
 
 def test_half_a_row_at_the_end_is_no_row(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vae_dist
-from tests.helpers import Outcome, begin, everything, records, reference_terms, refused, resident
+from tests.helpers import Outcome, begin, everything, records, reference_terms, refused, resident, write_idx_set
 from vae_dist.config import DataConfig, ModelConfig
 from vae_dist.data import as_images
 from vae_dist.model import build_model
@@ -121,6 +121,17 @@ def test_evaluate_prints_and_writes_the_figures_of_the_last_epoch(trained: Path,
     assert f"test loss {last['loss']:.4f}" in outcome.out
     assert "nats, not a log-likelihood (" in outcome.out
     assert "n=300" in outcome.out
+
+
+def test_what_is_found_in_other_images_than_the_runs_is_not_written(trained: Path, command: Command, tmp_path: Path) -> None:
+    trained = Path(shutil.copytree(trained, tmp_path / "run"))
+    images, labels = torch.randint(256, (30, 1, 28, 28), dtype=torch.uint8), torch.zeros(30)
+    write_idx_set(tmp_path / "other" / "MNIST" / "raw", images, labels, images, labels)
+    outcome = command("evaluate", trained, "--data.root", tmp_path / "other")
+    assert outcome.status == 0
+    assert "not the test images of" in outcome.out
+    assert "test loss " in outcome.out
+    assert not (trained / "evaluation.json").exists()
 
 
 def test_the_test_figures_agree_with_an_independent_float64_computation(trained: Path, small_root: Path) -> None:

@@ -70,6 +70,11 @@ def test_the_card_says_what_was_measured(trained: Path, small_root: Path, comman
     assert f"| importance-weighted loss, k = 3 | {found['nll']:.4f} ± {found['nll_stderr']:.2f} |" in card
     assert f"| active units | {found['active_units']} of 20 |" in card
     assert "license" not in card
+    (run / "evaluation.json").write_text(json.dumps(found | {"weights_sha256": "of weights of an earlier epoch"}))
+    outcome = command("upload", run, "--out", tmp_path / "stale")
+    assert "evaluation.json: is of other weights, and left out" in outcome.out
+    assert not (tmp_path / "stale" / "evaluation.json").exists()
+    assert "importance-weighted" not in (tmp_path / "stale" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def recipe(folder: Path, root: Path, low: float = 0.0, high: float = 1000.0, fig
     return file
 
 
+@pytest.mark.slow
 def test_a_result_inside_its_band_is_status_0_and_one_outside_is_1(small_root: Path, tmp_path: Path) -> None:
     options = ["--output", tmp_path / "run", "--tracking.wandb", "disabled"]
     inside = verify(recipe(tmp_path, small_root, figure="nll"), *options)

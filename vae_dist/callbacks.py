@@ -12,7 +12,9 @@ class Callback:
     """
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """A point of the training curve, every `tracking.log_every` optimizer steps: the row of metrics.jsonl."""
+        """A point of the training curve: the row of metrics.jsonl. Every `tracking.log_every` optimizer steps, but for the
+        last of an epoch, which `on_epoch` tells of.
+        """
 
     def on_epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any], model: VAE) -> bool | None:
         """An epoch is over, and its checkpoint written: its two rows of metrics.jsonl, and the model that is tested, drawn and

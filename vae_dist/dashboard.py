@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vae_dist.charts import CAPTIONS
-from vae_dist.config import InputError
+from vae_dist.config import InputError, missing_extra
 from vae_dist.distributed import run_entry_point
 from vae_dist.options import command_line
 from vae_dist.pace import PARTS
@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         import wandb_workspaces.workspaces  # noqa: F401  # of an extra
     except ImportError:
-        raise InputError("vae_dist.dashboard needs more packages: pip install 'vae_dist[dashboard]'") from None
+        raise missing_extra("vae_dist.dashboard needs more packages", "dashboard") from None
     if problem := ask_wandb(_SERVER_SECONDS):
         raise InputError(f"vae_dist.dashboard: {problem}; look at WANDB_BASE_URL, HTTPS_PROXY and `wandb login`")
     print(save(options))

@@ -23,7 +23,7 @@ from vae_dist.data import as_images, rows_at_once
 from vae_dist.data.images import Images, Resident, first_images
 from vae_dist.data.order import FILLER, Partition
 from vae_dist.data.own import OwnImages, is_black_and_white, own_images
-from vae_dist.distributed import on_first_rank, run_entry_point, say, sum_over_ranks, together
+from vae_dist.distributed import from_first_rank, on_first_rank, run_entry_point, say, sum_over_ranks, together
 from vae_dist.importance import PartialFile, log_marginals
 from vae_dist.likelihoods import bits_per_dimension, remark
 from vae_dist.loading import load_images, on_device
@@ -40,7 +40,7 @@ from vae_dist.posterior import (
     mutual_information,
 )
 from vae_dist.progress import no_bar
-from vae_dist.run import RunFolder, is_checkpoint, load_model
+from vae_dist.run import RunFolder, is_checkpoint, load_model, weights_digest
 from vae_dist.starting import start, surroundings_kept
 from vae_dist.wandb_run import summarise
 
@@ -150,24 +150,34 @@ def main(args: list[str] | None = None) -> int:
     model, config = together(accelerator, lambda: load_model(options.run))
     data = replace(config.data, root=options.root or config.data.root)
     images = load_images(data, accelerator, train=False, shape=model.image_shape)
+    run, is_kept = RunFolder(options.run), _is_kept(options, images, accelerator)
     if options.images is not None:
         images = Resident(first_images(images, options.images))
     is_binary = config.data.binarize != "none"
-    kept = RunFolder(options.run).evaluation_so_far if is_kept(options) else None
+    kept = run.evaluation_so_far if is_kept else None
     partial = PartialFile(kept, (config.seed, config.model), model, images, options.iw_samples)
     record = figures(model.to(accelerator.device), images, accelerator, config.seed, is_binary, options.iw_samples, partial)
-    say(accelerator, table(record, model, is_binary))
-    if is_kept(options):
-        run = RunFolder(options.run)
+    record["weights_sha256"] = weights_digest(model)
+    if is_kept:
         content = json.dumps(record, indent=2, allow_nan=False) + "\n"
         on_first_rank(accelerator, lambda: write_atomically(run.evaluation, content))
+    say(accelerator, table(record, model, is_binary))
+    if is_kept:
         on_first_rank(accelerator, lambda: summarise(accelerator, run, config, record))
     return 0
 
 
-def is_kept(options: Options) -> bool:
-    """Whether the figures go to the run's evaluation.json: checkpoints are sealed, and some images are not the test set."""
-    return options.images is None and not is_checkpoint(options.run)
+def _is_kept(options: Options, images: Images, accelerator: Accelerator) -> bool:
+    """Whether the figures go to the run's evaluation.json: checkpoints are sealed, and some images are not the test set, nor
+    are others than the run was tested on, which is said.
+    """
+    if options.images is not None or is_checkpoint(options.run):
+        return False
+    starts = from_first_rank(accelerator, RunFolder(options.run).read_starts)
+    if starts and starts[-1]["data"]["test"]["sha256"] != images.digest():
+        say(accelerator, f"not the test images of {options.run}: the figures are printed, not written")
+        return False
+    return True
 
 
 def measure(model: VAE, images: OwnImages, iw_samples: int = 0, seed: int = 0) -> dict[str, Any]:

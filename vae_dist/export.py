@@ -14,11 +14,11 @@ import tyro
 from torch import Tensor, nn
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import InputError
+from vae_dist.config import InputError, missing_extra
 from vae_dist.distributed import run_entry_point
 from vae_dist.model import VAE
 from vae_dist.options import command_line
-from vae_dist.run import is_checkpoint, load_model
+from vae_dist.run import load_model, run_of
 
 _TOLERANCE = 1e-3  # relative, of what other kernels make of the same weights
 _TRIED = 3  # images; another number than that of the tracing, for the batch is of any size
@@ -37,8 +37,7 @@ class Options:
 def main(args: list[str] | None = None) -> int:
     options = command_line(Options, "vae_dist.export", sys.argv[1:] if args is None else args)
     model, _ = load_model(options.run)
-    run = options.run.parent.parent if is_checkpoint(options.run) else options.run  # checkpoints are sealed
-    for file, difference in to_onnx(model, options.out or run / "onnx").items():
+    for file, difference in to_onnx(model, options.out or run_of(options.run) / "onnx").items():  # checkpoints are sealed
         print(f"{file}: at most {difference:.1e} (relative) from the model itself")
     return 0
 
@@ -46,7 +45,7 @@ def main(args: list[str] | None = None) -> int:
 def require_packages() -> None:
     """Raises InputError where the extra is not installed."""
     if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
-        raise InputError(f"vae_dist.export: needs {', '.join(missing)}: pip install 'vae_dist[onnx]'")
+        raise missing_extra(f"vae_dist.export: needs {', '.join(missing)}", "onnx")
 
 
 def to_onnx(model: VAE, folder: str | Path) -> dict[Path, float]:

@@ -17,7 +17,7 @@ from vae_dist.distributed import run_entry_point
 from vae_dist.loading import load_images
 from vae_dist.options import command_line
 from vae_dist.pictures import interpolations, reconstructions, samples, save_png, traversals
-from vae_dist.run import is_checkpoint, load_model
+from vae_dist.run import load_model, run_of
 from vae_dist.starting import start
 
 _TEST_IMAGES = 8
@@ -51,8 +51,7 @@ def main(args: list[str] | None = None) -> int:
     data = replace(config.data, root=options.root or config.data.root)
     test = load_images(data, start(), train=False, shape=model.image_shape)
     images = as_images(first_images(test, _TEST_IMAGES)).cpu()
-    run = options.run.parent.parent if is_checkpoint(options.run) else options.run  # checkpoints are sealed
-    out = options.out or run / "generated"
+    out = options.out or run_of(options.run) / "generated"  # checkpoints are sealed
     drawn = {
         "samples": samples(model, options.samples, options.seed),
         "reconstructions": reconstructions(model, images),

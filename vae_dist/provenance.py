@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 
 import vae_dist
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import InputError
 from vae_dist.data.images import Images
 from vae_dist.distributed import on_first_rank
 from vae_dist.run import TIME_FORMAT, RunFolder
@@ -27,7 +26,6 @@ from vae_dist.starting import cpu_name, versions
 from vae_dist.trainer import Trainer
 
 _GIT_SECONDS = 10.0  # for an answer; a repository may lie on a slow disk
-_KINDS = {"time": str, "step": int, "command": list, "processes": int, "places": list, "versions": dict, "data": dict}
 
 
 def record_start(trainer: Trainer) -> None:
@@ -38,30 +36,8 @@ def record_start(trainer: Trainer) -> None:
     on_first_rank(trainer.accelerator, lambda: _add(trainer.run, _line(trainer, places)))
 
 
-def read_starts(run: RunFolder) -> list[dict[str, Any]]:
-    """What each job of a run was, the first first; a last line that a kill cut short is left out. Empty for a run that was
-    trained before there was such a file. Raises InputError where another line is none of it.
-    """
-    if not run.starts.is_file():
-        return []
-    starts = []
-    lines = run.starts.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            start = json.loads(line)
-            images = [start["data"]["train"], start["data"]["test"]]
-            is_known = all(type(each["n"]) is int and isinstance(each["sha256"], str) for each in images)
-            if not is_known or not all(isinstance(start[name], kind) for name, kind in _KINDS.items()):
-                raise ValueError
-            starts.append(start)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number < len(lines) or line.endswith(b"\n"):
-                raise InputError(f"{run.starts}: line {number} does not tell of a start; mend or remove it") from None
-    return starts
-
-
 def _add(run: RunFolder, line: dict[str, Any]) -> None:
-    lines = [*read_starts(run), line]
+    lines = [*run.read_starts(), line]
     write_atomically(run.starts, "".join(json.dumps(each) + "\n" for each in lines))
 
 
@@ -76,7 +52,7 @@ def _line(trainer: Trainer, places: list[dict[str, Any]]) -> dict[str, Any]:
         "versions": versions(),
         "code": commit_of(Path(vae_dist.__file__)),
         "project": commit_of(Path.cwd()),
-        "data": {"train": _images(trainer.train, trainer.progress.data), "test": _images(trainer.test, trainer.test.digest())},
+        "data": {"train": _images(trainer.train, trainer.progress.data), "test": _images(trainer.test, trainer.progress.test)},
     }
 
 
@@ -108,9 +84,16 @@ def commit_of(path: Path) -> dict[str, Any] | None:
 def _git(folder: Path, *args: str) -> str | None:
     """What git prints; None where there is no git, no repository, or no answer in time. It changes nothing there."""
     command = ["git", "--no-optional-locks", "-C", str(folder), *args]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's repository
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=False, stdin=subprocess.DEVNULL
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
         return None

@@ -21,6 +21,7 @@ from vae_dist.model import VAE, from_program
 from vae_dist.options import from_mapping, require_same_run, to_mapping, to_yaml
 
 State = Literal["running", "finished", "interrupted", "failed"]
+_OF_A_START = {"time": str, "step": int, "command": list, "processes": int, "places": list, "versions": dict, "data": dict}
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"  # of UTC
 
 
@@ -115,6 +116,27 @@ class RunFolder:
         status = self.status()
         return (status.get("state"), status.get("step"), status.get("steps")) == ("finished", step, steps)
 
+    def read_starts(self) -> list[dict[str, Any]]:
+        """What each job was, the first first; a last line that a kill cut short is left out. Empty for a run that was
+        trained before there was such a file. Raises InputError where another line is none of it.
+        """
+        if not self.starts.is_file():
+            return []
+        starts = []
+        lines = self.starts.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                start = json.loads(line)
+                images = [start["data"]["train"], start["data"]["test"]]
+                is_known = all(type(each["n"]) is int and isinstance(each["sha256"], str) for each in images)
+                if not is_known or not all(isinstance(start[name], kind) for name, kind in _OF_A_START.items()):
+                    raise ValueError
+                starts.append(start)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                if number < len(lines) or line.endswith(b"\n"):
+                    raise InputError(f"{self.starts}: line {number} does not tell of a start; mend or remove it") from None
+        return starts
+
     def save_model(self, config: Config, model: VAE) -> None:
         """Writes the final weights and their description: all that anybody needs to use the model."""
         weights = checkpoint.to_bytes(model.state_dict())
@@ -130,6 +152,11 @@ class RunFolder:
 
     def has_wandb(self) -> bool:
         return self._wandb_id.is_file()
+
+
+def weights_digest(model: VAE) -> str:
+    """SHA-256 of the file that a model's weights are saved in."""
+    return hashlib.sha256(checkpoint.to_bytes(model.state_dict())).hexdigest()
 
 
 def describe(config: Config, image_shape: Sequence[int]) -> dict[str, Any]:
@@ -184,6 +211,11 @@ def load_model(path: str | Path, build: Callable[[], VAE] | None = None) -> tupl
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is one checkpoint, rather than a run."""
     return (folder / "trainer.json").is_file()
+
+
+def run_of(folder: Path) -> Path:
+    """The run whose folder it is, or one of whose checkpoints."""
+    return folder.parent.parent if is_checkpoint(folder) else folder
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradScalerKwargs,
@@ -30,6 +31,8 @@ from vae_dist.distributed import require_same, say
 
 _MEETING = "after-restart"  # a scheme of addresses, for torch
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_CUDNN: Any = torch.backends.cudnn
+_FP32_MODES: tuple[Any, ...] = (torch.backends, _CUDNN, torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn)  # the widest first
 _PRECISIONS = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
 # The loss is a sum over the global batch: torch's first scale of 65536 would overflow fp16 for dozens of steps.
 _FP16_SCALE_PER_BATCH = 8192.0
@@ -137,22 +140,49 @@ def surroundings_kept() -> Iterator[None]:
     """Afterwards the process is as it was: signal handlers, threads, torch's modes, and any Accelerator of the caller."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    state = dict(AcceleratorState._shared_state)
+    flushes_denormal = bool(torch.full((64,), 1e-40).mul(1.0).max() == 0)
+    wandb_folder = os.environ.get("WANDB_DATA_DIR")
+    states = AcceleratorState._shared_state, GradientState._shared_state
+    before = [dict(state) for state in states]
     AcceleratorState._shared_state.clear()  # the precision of a second training may be another
+    GradientState._shared_state.clear()
     try:
-        yield
+        with _fp32_modes_kept():
+            yield
     finally:
-        AcceleratorState._shared_state.clear()
-        AcceleratorState._shared_state.update(state)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        for state, content in zip(states, before, strict=True):
+            state.clear()
+            state.update(content)
+        os.environ.pop("WANDB_DATA_DIR", None)
+        os.environ |= {} if wandb_folder is None else {"WANDB_DATA_DIR": wandb_folder}
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushes_denormal)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 if handler is not None:  # one that Python did not install, and cannot
                     signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _fp32_modes_kept() -> Iterator[None]:
+    """Afterwards float32 products are as exact as before, told in torch's old way or in the new one, which do not mix."""
+    modes = [products.fp32_precision for products in _FP32_MODES]
+    try:
+        old_way = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        old_way = None  # the caller takes the new one
+    for products in _FP32_MODES:
+        products.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if old_way is not None:
+            torch.set_float32_matmul_precision(old_way[0])
+            torch.backends.cudnn.allow_tf32 = old_way[1]
+        for products, mode in zip(_FP32_MODES, modes, strict=True):
+            products.fp32_precision = mode
 
 
 def _meet(_: str, timeout: timedelta, **options: object) -> Iterator[tuple[Store, int, int]]:

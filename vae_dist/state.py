@@ -27,6 +27,7 @@ class Progress:
     step: int = 0  # optimizer steps done
     images: int = 0  # of the training set
     data: str = ""  # its digest; empty where a checkpoint of an earlier version does not tell
+    test: str = ""  # the digest of the test set; empty likewise
     epoch_sums: Sums = field(default_factory=Sums)  # of the epoch so far
     window_sums: Sums = field(default_factory=Sums)  # since the last row of the training curve
 
@@ -34,9 +35,10 @@ class Progress:
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """Raises KeyError or TypeError where the values are not what `asdict` gave."""
         sums = (Sums(*values[name]) for name in ("epoch_sums", "window_sums"))
-        progress = cls(values["step"], values["images"], values.get("data", ""), *sums)
-        if not isinstance(progress.data, str):
-            raise TypeError(f"{progress.data!r} is no digest")
+        progress = cls(values["step"], values["images"], values.get("data", ""), values.get("test", ""), *sums)
+        for digest in (progress.data, progress.test):
+            if not isinstance(digest, str):
+                raise TypeError(f"{digest!r} is no digest")
         for count in (progress.step, progress.images):
             if type(count) is not int or count < 0:
                 raise TypeError(f"{count!r} is no count")

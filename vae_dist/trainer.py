@@ -74,7 +74,7 @@ class Trainer:
         self.tracker = Tracker()
         self._callbacks = callbacks
         self._is_enough = False  # a callback said so
-        self.progress = Progress(images=len(train), data=train.digest())
+        self.progress = Progress(images=len(train), data=train.digest(), test=test.digest())
         self.stopping = Stopping(accelerator, config.trainer.max_minutes, step=0)
         # Sums of this rank in each step since the last reduce, on the device: of `Terms.columns`.
         steps = min(self.partition.steps, config.tracking.log_every)
@@ -302,11 +302,13 @@ class Trainer:
         progress = unpack(saved, folder, self.model, step.optimizer, self.accelerator.scaler, step.averages)
         if progress.images != len(self.train):
             raise InputError(f"{folder}: trained on {progress.images} images, but there are {len(self.train)} in {here}")
-        if progress.data not in ("", self.progress.data):
-            raise InputError(
-                f"{folder}: trained on other images than those in {here}: their digest is "
-                f"{progress.data[:16]} there and {self.progress.data[:16]} here. Bring those back, or name another --output"
-            )
-        self.progress = dataclasses.replace(progress, data=self.progress.data)
+        of_sets = ("trained", progress.data, self.progress.data), ("tested", progress.test, self.progress.test)
+        for done, there, now in of_sets:
+            if there not in ("", now):
+                raise InputError(
+                    f"{folder}: {done} on other images than those in {here}: their digest is {there[:16]} there and "
+                    f"{now[:16]} here. Bring those back, or name another --output"
+                )
+        self.progress = dataclasses.replace(progress, data=self.progress.data, test=self.progress.test)
         self._reduced_step = progress.step
         self.stopping = Stopping(self.accelerator, self.config.trainer.max_minutes, progress.step)

@@ -20,10 +20,10 @@ from vae_dist.distributed import run_entry_point
 from vae_dist.likelihoods import remark
 from vae_dist.model import VAE
 from vae_dist.options import command_line, flat, to_mapping, to_yaml, without_places
-from vae_dist.run import RunFolder, load_model
+from vae_dist.run import RunFolder, load_model, weights_digest
 from vae_dist.tracking import Row, read_rows
 
-_FILES = ("model.safetensors", "metrics.jsonl", "evaluation.json")
+_FILES = ("model.safetensors", "metrics.jsonl")
 _OF_TRAINING = ("data", "model", "objective", "optimizer", "trainer")  # sections that say how the weights came about
 _PICTURES = {
     "reconstruction": "Test images over their reconstructions",
@@ -88,25 +88,30 @@ def collect(options: Options, folder: Path) -> None:
         if picture.is_file():
             shutil.copyfile(picture, folder / f"{name}.png")
     evaluation = json.loads(run.evaluation.read_text()) if run.evaluation.is_file() else {}
+    if evaluation and evaluation.get("weights_sha256") != weights_digest(model):
+        print(f"{run.evaluation}: is of other weights, and left out; evaluate the run again", flush=True)
+        evaluation = {}
+    if evaluation:
+        shutil.copyfile(run.evaluation, folder / run.evaluation.name)
     (folder / "README.md").write_text(card(options, public, model, tests[-1], evaluation, folder), encoding="utf-8")
 
 
 def send(folder: Path, repo: str, visibility: Literal["public", "private"]) -> str:
     """Uploads a folder as one commit. Returns its address. Raises InputError where the Hub does not take it."""
     from huggingface_hub import HfApi  # costs a second: only where it is used
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
     from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of its HTTP client
 
     api = HfApi(library_name="vae_dist", library_version=__version__)
     try:
         made = api.create_repo(repo, visibility=visibility, exist_ok=True)
         commit = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="A run of vae_dist")
-    except (HFValidationError, LocalTokenNotFoundError, NoAnswer) as error:
+    except (ValueError, LocalTokenNotFoundError, NoAnswer) as error:  # wrong names; no token, or none that can be sent
         code = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         why = str(error)
         if code in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             why = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-        elif not code and not isinstance(error, HFValidationError):
+        elif not code and not isinstance(error, ValueError):
             why = f"no answer from the Hub ({error})"
         raise InputError(f"--repo {repo}: {' '.join(why.split())}") from None
     return str(commit.commit_url)
@@ -126,7 +131,7 @@ def card(options: Options, config: Config, model: VAE, test: Row, evaluation: di
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# {name}",
         f"A variational autoencoder of {shape} images (channels, height, width) with {model.latent_dim} latent dimensions and "
-        f"{parameters:,} parameters, trained with vae_dist {__version__} on `{config.data.name}`.",
+        f"{parameters:,} parameters, trained with vae_dist on `{config.data.name}`. Its version {__version__} wrote this card.",
         "## Figures",
         _figures(config, model, test, evaluation),
         *(f"![{words}]({file}.png)\n\n{words}." for file, words in _PICTURES.items() if (folder / f"{file}.png").is_file()),

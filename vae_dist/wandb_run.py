@@ -124,26 +124,30 @@ def summarise(accelerator: Accelerator, run: RunFolder, config: Config, figures:
         print(f"{_failed(error)}; evaluation.json has everything", flush=True)
 
 
-def _opened(accelerator: Accelerator, run: RunFolder, config: Config, mode: str, tags: Iterable[str]) -> Any:
+def _opened(accelerator: Accelerator, folder: RunFolder, config: Config, mode: str, tags: Iterable[str]) -> Any:
     """The W&B run of a run's folder, begun or gone on with."""
     import wandb  # costs a second: only where it is used
 
     options = {
-        "id": run.wandb_id(),
-        "name": run.path.name,
+        "id": folder.wandb_id(),
+        "name": folder.path.name,
         "group": config.tracking.group or None,
         "tags": list(dict.fromkeys(tags)),
-        "dir": str(run.path),
+        "dir": str(folder.path),
         "mode": mode,
         "settings": wandb.Settings(silent=True, init_timeout=_START_SECONDS, finish_timeout=_END_SECONDS),
         "resume": "allow",
+        "reinit": "create_new" if wandb.run else "default",  # a run of the program's own goes on beside it
     }
     # Tables and models wait there for their upload: else in the home, where a folder that is moved would leave them.
-    os.environ["WANDB_DATA_DIR"] = str((run.path / "wandb").absolute())
-    wandb.teardown()  # an attempt that failed still holds the run's id
+    os.environ["WANDB_DATA_DIR"] = str((folder.path / "wandb").absolute())
+    if not wandb.run:
+        wandb.teardown()  # an attempt that failed still holds the run's id
     accelerator.trackers.clear()
-    accelerator.init_trackers(config.tracking.project, to_mapping(config), {"wandb": options})
-    return accelerator.get_tracker("wandb", unwrap=True)
+    accelerator.init_trackers(config.tracking.project, init_kwargs={"wandb": options})
+    run = accelerator.get_tracker("wandb", unwrap=True)
+    run.config.update(to_mapping(config), allow_val_change=True)
+    return run
 
 
 def _tags(accelerator: Accelerator, config: Config) -> list[str]:

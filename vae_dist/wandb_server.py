@@ -1,11 +1,14 @@
 """W&B's server: whether a run is to go there, whether there is a key for it, and whether it answers."""
 
 import base64
+import configparser
 import json
 import netrc
 import os
 import urllib.error
 import urllib.request
+from http.client import HTTPException
+from pathlib import Path
 from urllib.parse import urlparse
 
 from vae_dist.config import Config, InputError
@@ -16,15 +19,28 @@ def wandb_mode(config: Config) -> str:
     mode = config.tracking.wandb
     has_key = bool(wandb_key())
     if mode == "auto":
-        wanted = os.environ.get("WANDB_MODE", "")
-        return wanted if wanted in ("offline", "disabled") else "online" if has_key else "offline"
+        wanted = _setting("mode", "WANDB_MODE")
+        if wanted in ("offline", "disabled"):
+            return wanted
+        return "online" if has_key and wanted != "dryrun" else "offline"
     if mode == "online" and not has_key:
         raise InputError("--tracking.wandb online: no key; run `wandb login`, set WANDB_API_KEY, or take offline")
     return mode
 
 
 def _wandb_url() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    return (_setting("base_url", "WANDB_BASE_URL") or "https://api.wandb.ai").rstrip("/")
+
+
+def _setting(name: str, variable: str) -> str:
+    """What the environment says, else W&B's settings files: this folder's before the user's, where `wandb login` puts it."""
+    files = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings", Path("wandb/settings")
+    found = configparser.ConfigParser(interpolation=None)
+    try:
+        found.read(files, encoding="utf-8")
+    except (configparser.Error, OSError, ValueError):
+        found.clear()  # W&B takes them for empty then
+    return os.environ.get(variable, "") or str(found.get("default", name, fallback=""))
 
 
 def wandb_key() -> str:
@@ -33,7 +49,7 @@ def wandb_key() -> str:
         return key
     try:
         found = netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(_wandb_url()).hostname or "")
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return ""
     return found[2] if found else ""
 
@@ -42,12 +58,13 @@ def ask_wandb(seconds: float) -> str:
     """What keeps W&B's server from taking a run with the key that is configured; empty where it answers and knows the key."""
     credentials = base64.b64encode(f"api:{wandb_key()}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {credentials}"}
-    question = urllib.request.Request(f"{_wandb_url()}/graphql", b'{"query": "{ viewer { id } }"}', headers)
     try:
+        question = urllib.request.Request(f"{_wandb_url()}/graphql", b'{"query": "{ viewer { id } }"}', headers)
         with urllib.request.build_opener().open(question, timeout=seconds) as answer:
             viewer = json.loads(answer.read())["data"]["viewer"]
         return "" if viewer else f"{_wandb_url()} does not know the key"
     except urllib.error.HTTPError as error:
+        error.close()
         return f"{_wandb_url()} refuses the key" if error.code in (401, 403) else f"{_wandb_url()} answers {error}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
         return f"{_wandb_url()} does not answer ({error})"

@@ -5,7 +5,7 @@ A field's docstring is its help text. Values are checked where the config is mad
 
 from dataclasses import dataclass, field
 
-from vae_dist.config.checks import ImagesLost, InputError, require, require_types
+from vae_dist.config.checks import ImagesLost, InputError, missing_extra, require, require_types
 from vae_dist.config.data import DataConfig
 from vae_dist.config.model import ModelConfig, ObjectiveConfig
 from vae_dist.config.training import CheckpointConfig, ExpectConfig, OptimizerConfig, TrackingConfig, TrainerConfig
@@ -24,6 +24,7 @@ __all__ = [
     "TrackingConfig",
     "TrainerConfig",
     "deterministic_rows",
+    "missing_extra",
 ]
 
 # Deterministic mode cuts every batch into so many shards: enough for a node of eight GPUs.

@@ -13,6 +13,11 @@ class ImagesLost(RuntimeError):
     """Images that were there when a run began cannot be had any more. Only some ranks may find it."""
 
 
+def missing_extra(what: str, extra: str) -> InputError:
+    """The error of a command whose packages are an extra that is not installed."""
+    return InputError(f"{what}; install the extra: pip install '.[{extra}]' in the repository, or 'FILE.whl[{extra}]'")
+
+
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:
     if not condition:
         shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value

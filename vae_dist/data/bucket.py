@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vae_dist.checkpoint import write_atomically
-from vae_dist.config import ImagesLost, InputError
+from vae_dist.config import ImagesLost, InputError, missing_extra
 from vae_dist.data.packed import INDEX, Index, Mapped, Shard, read_index
 
 T = TypeVar("T")
@@ -42,9 +42,7 @@ class Bucket:
             from litdata.streaming.downloader import get_downloader
             from litdata.utilities.dataset_utilities import get_default_cache_dir
         except ModuleNotFoundError as error:
-            raise InputError(
-                f"--data.root {address}: object storage needs LitData ({error}): pip install 'vae_dist[stream]'"
-            ) from None
+            raise missing_extra(f"--data.root {address}: object storage needs LitData ({error})", "stream") from None
         self._address, self._cache_bytes, self._attempts = address, cache_bytes, _attempts()
         self._verified = set[str]()  # SHA-256 of shards that this process read in the cache
         self._cache = Path(get_default_cache_dir()) / "vae_dist"  # where LITDATA_CACHE_DIR says, if it is set

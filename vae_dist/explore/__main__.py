@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vae_dist.config import DataConfig, InputError
+from vae_dist.config import DataConfig, InputError, missing_extra
 from vae_dist.data.images import Images
 from vae_dist.distributed import run_entry_point
 from vae_dist.explore.explorer import Explorer
@@ -32,7 +32,7 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Folder of the run, or of one of its checkpoints."""
     host: str = "127.0.0.1"
-    """Address to listen at. Whoever reaches another one than this machine's own may use the page."""
+    """Address to listen at. Without a password: this one is open to all users of this machine, another to all who reach it."""
     port: int = 8000
     """Port to listen at; 0: any that is free."""
     open: Literal["no", "yes"] = "no"
@@ -52,12 +52,13 @@ def main(args: list[str] | None = None) -> int:
 
         from vae_dist.explore.app import build_app
     except ModuleNotFoundError as error:
-        raise InputError(f"the page needs {error.name}: pip install 'vae_dist[explore]'") from None
+        raise missing_extra(f"the page needs {error.name}", "explore") from None
     with listen(options.host, options.port) as listener:
         model, config = load_model(options.run)
         images, problem = load_test_images(model, replace(config.data, root=options.root or config.data.root))
         explorer = Explorer(str(options.run), model, config, images, problem)
-        app = build_app(explorer, {"localhost", options.host.lower(), socket.gethostname().lower()})
+        names = ("localhost", options.host, socket.gethostname(), socket.getfqdn())
+        app = build_app(explorer, {name.lower() for name in names})
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
         with contextlib.suppress(KeyboardInterrupt):  # the way to end it; uvicorn raises it again after it has hung up
             introduce(options, listener)
@@ -69,7 +70,10 @@ def listen(host: str, port: int) -> socket.socket:
     """An open port. Raises InputError where it is taken, or not this machine's."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # so that `::` listens at those of version 4, too
+        listener = socket.create_server(address[:2], family=family, dualstack_ipv6=both)
+    except (socket.gaierror, UnicodeError):  # UnicodeError: of what no name can be
+        raise InputError(f"--host {host}: no such host is known here; give an address of this machine, or its name") from None
     except OSError as error:
         words = f"--host {host} --port {port}: {error.strerror}; name another port, or 0 for any that is free"
         raise InputError(words) from None
@@ -89,10 +93,13 @@ def load_test_images(model: VAE, config: DataConfig) -> tuple[Images | None, str
 
 def introduce(options: Options, listener: socket.socket) -> None:
     """Says where the page is, and who may use it."""
-    address, port = listener.getsockname()[:2]
-    if not ipaddress.ip_address(address).is_loopback:
-        print(f"warning: --host {options.host}: whoever reaches this machine may use the page, and see test images")
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    host, port = options.host, listener.getsockname()[1]
+    address = ipaddress.ip_address(listener.getsockname()[0])
+    if not address.is_loopback:
+        print(f"warning: --host {host}: whoever reaches this machine may use the page, and see test images")
+    if address.is_unspecified:  # all of this machine's, and elsewhere none of it
+        host = socket.gethostname()
+    host = f"[{host}]" if ":" in host else host
     print(f"{options.run}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
     if options.open == "yes":
         webbrowser.open(f"http://{host}:{port}")

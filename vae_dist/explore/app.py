@@ -1,10 +1,11 @@
 """The page, and what it asks of an explorer, over HTTP."""
 
 import ipaddress
+import math
 from collections.abc import Awaitable, Callable, Set
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Body, FastAPI, Query, Request
@@ -15,10 +16,12 @@ from vae_dist.config import ImagesLost, InputError
 from vae_dist.explore.explorer import Explorer
 
 _MOST_BYTES = 20_000_000  # of a request
+_MOST_SEED = 2**63 - 1
 _FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js", "/live.js": "live.js", "/pad.js": "pad.js"}
-_HEADERS = {
+_HEADERS = {  # of every answer
     "Cache-Control": "no-cache",  # a newer version of this package may serve the same address
     "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
 }
 
 
@@ -28,9 +31,16 @@ def build_app(explorer: Explorer, names: Set[str]) -> FastAPI:
 
     @app.middleware("http")
     async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        return _turned_away(request, names) or await answer(request)
+        response = _turned_away(request, names) or await answer(request)
+        response.headers.update(_HEADERS | {"X-Model": explorer.mark})  # by which an open page knows its own model
+        return response
 
-    app.add_exception_handler(RequestValidationError, _refused)
+    wanted = _wanted(explorer)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, _: Exception) -> Response:  # FastAPI's own answer repeats the input, in pydantic's words
+        return _words(HTTPStatus.UNPROCESSABLE_ENTITY, wanted[request.url.path])
+
     app.add_exception_handler(InputError, _refused)
     app.add_exception_handler(ImagesLost, _lost)
     for path, name in _FILES.items():
@@ -53,7 +63,7 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
         return JSONResponse(explorer.decode(latents))
 
     @app.get("/sample")
-    def sample(seed: Annotated[int, Query(ge=0, lt=2**63)]) -> JSONResponse:
+    def sample(seed: Annotated[int, Query(ge=0, le=_MOST_SEED)]) -> JSONResponse:
         return JSONResponse(explorer.sample(seed))
 
     @app.post("/encode")
@@ -69,9 +79,20 @@ def _add_questions(app: FastAPI, explorer: Explorer) -> None:
         return JSONResponse(explorer.image(number))
 
 
+def _wanted(explorer: Explorer) -> dict[str, str]:
+    """What is said where a question has not what it takes, by its path."""
+    return {
+        "/decode": f"latents: they must be {explorer.model.latent_dim} numbers",
+        "/sample": f"seed: it must be a whole number in 0 … {_MOST_SEED}",
+        "/encode": f"pixels: they must be {math.prod(explorer.model.image_shape)} bytes",
+        "/upload": "the picture file is empty",
+        "/image": "number: it must be a whole number, that of a test image",
+    }
+
+
 def _sender(name: str) -> Callable[[], FileResponse]:
     """The answer to whoever asks for a file of the page."""
-    return lambda: FileResponse(Path(__file__).parent / name, headers=_HEADERS)
+    return lambda: FileResponse(Path(__file__).parent / name)
 
 
 def _turned_away(request: Request, names: Set[str]) -> Response | None:
@@ -82,7 +103,9 @@ def _turned_away(request: Request, names: Set[str]) -> Response | None:
     """
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if not _is_own(host, names):
-        return _words(HTTPStatus.BAD_REQUEST, f"{host!r} is no name of this server")
+        return _words(
+            HTTPStatus.BAD_REQUEST, f"{host!r} is no name of this server: use its address, or start it with --host NAME"
+        )
     if origin is not None and origin.partition("://")[2] != host:
         return _words(HTTPStatus.FORBIDDEN, f"a page of {origin} may not ask this server")
     if "transfer-encoding" in request.headers:
@@ -101,12 +124,7 @@ def _is_own(host: str, names: Set[str]) -> bool:
 
 
 def _refused(_: Request, error: Exception) -> Response:
-    """Bad input, in one line. FastAPI's own answer repeats the input, and fails where that has a NaN."""
-    if not isinstance(error, RequestValidationError):
-        return _words(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
-    first: dict[str, Any] = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
-    return _words(HTTPStatus.UNPROCESSABLE_ENTITY, f"{place}: {first['msg']}" if place else first["msg"])
+    return _words(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
 
 
 def _lost(_: Request, error: Exception) -> Response:

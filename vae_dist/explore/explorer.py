@@ -1,6 +1,7 @@
 """What the page asks of a model: pictures of latents, latents of pictures, and test images with theirs."""
 
 import base64
+import hashlib
 import tempfile
 import threading
 from typing import Any
@@ -40,6 +41,7 @@ class Explorer:
                 f"{name}: its images have {model.image_shape[0]} channels; only 1 (grey) and 3 (colour) can be shown"
             )
         self.model, self._name, self._config, self._images, self._problem = model, name, config, images, problem
+        self.mark = _digest(name, model)
         self._is_binary = config.data.binarize != "none"
         self._model_turn, self._reader_turn = threading.Lock(), threading.Lock()
         self._noise = normal(derive_key(config.seed, Stream.EVALUATION), torch.zeros(1, dtype=torch.int64), model.latent_dim)
@@ -97,7 +99,9 @@ class Explorer:
         }
 
     def image(self, number: int) -> dict[str, Any]:
-        """A test image and its posterior mean. Raises InputError where there is none of this number."""
+        """A test image, its posterior mean, and its class where the set has such. Raises InputError where there is none of this
+        number.
+        """
         if self._images is None:
             raise InputError(self._problem)
         if not 0 <= number < len(self._images):
@@ -106,7 +110,8 @@ class Explorer:
             image = as_images(self._images.rows(torch.tensor([number], device=self._images.device))).cpu()
             mean = self.model.encode(image).mean
         _require_finite(mean)
-        return {"latents": mean[0].tolist(), "pixels": _written(image)}
+        label = None if self._images.labels is None else int(self._images.labels[number])
+        return {"latents": mean[0].tolist(), "label": label, "pixels": _written(image)}
 
     def upload(self, content: bytes) -> dict[str, Any]:
         """The middle of a picture file, at the size and in the colours of the model. Raises InputError where it is none."""
@@ -118,13 +123,21 @@ class Explorer:
             try:
                 square = decode(file.name, Decoding(side, channels))
             except Unreadable as error:
-                raise InputError(f"no JPEG, PNG or WebP picture that can be read: {error}") from None
+                raise InputError(f"no picture that can be read ({error}): save it anew, as JPEG, PNG or WebP") from None
             with Image.open(file.name) as picture:
                 if picture.format != "MPO" and getattr(picture, "is_animated", False):  # MPO: a photograph with a preview
                     raise InputError("the picture is animated; choose one that stands still")
         top, left = (side - height) // 2, (side - width) // 2
         pixels = torch.frombuffer(bytearray(square), dtype=torch.uint8).view(1, channels, side, side)
         return {"pixels": _written(as_images(pixels[..., top : top + height, left : left + width]))}
+
+
+def _digest(name: str, model: VAE) -> str:
+    """A SHA-256, in hex, of a run's name and its weights: another model has another."""
+    digest = hashlib.sha256(name.encode())
+    for weights in model.state_dict().values():
+        digest.update(weights.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 // Asking the server, without a queue; and painting what it answers.
 
-/** The answer to a question; throws an Error with the server's words where it is refused. */
+let mark; // of the model that the page is of
+
+/** The answer to a question; throws an Error with the server's words where it is refused, and where another run's server has come
+    to the same address. */
 export async function ask(path, body, type = "application/octet-stream") {
   const how = body === undefined ? {} : { method: "POST", body, headers: { "Content-Type": type } };
   let answer;
@@ -9,6 +12,8 @@ export async function ask(path, body, type = "application/octet-stream") {
   } catch {
     throw new Error("the server does not answer; is python -m vae_dist.explore still running?");
   }
+  mark ??= answer.headers.get("X-Model");
+  if (answer.headers.get("X-Model") !== mark) throw new Error("another model is served here now: reload the page");
   const content = await answer.json();
   if (!answer.ok) throw new Error(content.detail);
   return content;

@@ -78,7 +78,8 @@ export class Pad {
     this.context.strokeStyle = colour;
     this.context.beginPath();
     this.context.moveTo(...this.#last);
-    for (const part of [...event.getCoalescedEvents(), event]) {
+    const parts = event.getCoalescedEvents?.() ?? []; // a browser has it where the address is this machine's own, or https
+    for (const part of [...parts, event]) {
       const [x, y] = (this.#last = this.#place(part));
       this.context.lineTo(x + 1e-3, y); // a line of no length would leave no dot
     }

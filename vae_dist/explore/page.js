@@ -8,13 +8,18 @@ const STEPS = 11; // between two images, with them
 const REACH = 4; // of a slider, in standard deviations of the prior; further where a picture's posterior lies further out
 const at = (id) => document.getElementById(id);
 
+let told = 0; // when the last words were
+
 const model = await ask("model").catch((error) => report(error.message));
 
-/** What went wrong, or how long the last change took. */
+/** What went wrong; or "", and how long a change took that went well, which ends what was said before it. */
 function report(words, milliseconds) {
+  const now = performance.now();
+  if (milliseconds !== undefined) at("latency").textContent = `${milliseconds.toFixed(0)} ms`;
+  if (words === "" && now - (milliseconds ?? 0) < told) return;
+  told = now;
   at("trouble").hidden = words === "";
   at("trouble").textContent = words;
-  if (milliseconds !== undefined) at("latency").textContent = `${milliseconds.toFixed(0)} ms`;
 }
 
 function begin() {
@@ -91,9 +96,9 @@ function beginLatents() {
     set(values.map(() => 0), null);
     channel.put(decode, show, event.timeStamp);
   });
-  at("seed").addEventListener("change", (event) => channel.put(sample, showSample, event.timeStamp));
+  whenNumbered(at("seed"), (event) => channel.put(sample, showSample, event.timeStamp));
   at("random").addEventListener("click", (event) => {
-    at("seed").value = Math.floor(Math.random() * 10000);
+    at("seed").value = at("seed").defaultValue = Math.floor(Math.random() * 10000);
     channel.put(sample, showSample, event.timeStamp);
   });
   reveal(SHOWN_FIRST);
@@ -105,11 +110,13 @@ function beginLatents() {
 class Row {
   constructor(dimension, moved) {
     this.item = document.createElement("li");
-    this.item.innerHTML = `<label></label><input type="range" step="0.05"><output></output><span class="kl" role="img"><i class="mean"></i><i class="own"></i></span>`;
+    this.item.innerHTML = `<label></label><input type="range" step="0.05"><span class="value"></span><span class="kl" role="img"><i class="mean"></i><i class="own"></i></span>`;
     [this.label, this.slider, this.value, this.bars] = this.item.children;
     this.label.textContent = `z${dimension}`;
     this.label.htmlFor = this.slider.id = `z${dimension}`;
+    this.slider.title = "Double-click: back to 0";
     this.slider.addEventListener("input", (event) => moved(this.slider.valueAsNumber, event.timeStamp));
+    this.slider.addEventListener("dblclick", (event) => moved(0, event.timeStamp));
   }
 
   /** A value, and KL in nats where it is known; `most` is that of a full bar. */
@@ -117,7 +124,7 @@ class Row {
     this.slider.max = Math.max(REACH, Math.ceil(Math.abs(value)));
     this.slider.min = -this.slider.max;
     this.slider.value = value;
-    this.value.textContent = value.toFixed(2).replace("-", "−");
+    this.value.textContent = value.toFixed(2).replace("-", "−"); // no <output>, which screen readers would read at each change
     const parts = [];
     for (const [bar, kl, name] of [[this.bars.children[0], mean, "test images"], [this.bars.children[1], own, "picture"]]) {
       bar.style.width = `${(100 * (kl ?? 0)) / most}%`;
@@ -130,41 +137,76 @@ class Row {
 /** The pad: its picture is encoded while it is drawn, and the latents follow. */
 function beginDrawing(latents, channels) {
   const encode = () => ask("encode", pad.pixels());
+  let caption = ""; // of the picture on the pad, until it is drawn over
 
   function show(answer) {
     latents.set(answer.latents, answer.kl);
     paint(at("picture"), answer.pixels);
     const [loss, bce, kld] = [answer.loss, answer.bce, answer.kld].map((nats) => nats.toFixed(1));
-    at("figures").textContent = `Negative ELBO ${loss} nats${answer.note} (bce ${bce} + kld ${kld}), from one latent`;
+    at("figures").textContent = `${caption}Negative ELBO ${loss} nats${answer.note} (bce ${bce} + kld ${kld}), from one latent`;
   }
 
   const shade = () => `rgb(${at("shade").value} ${at("shade").value} ${at("shade").value})`;
   const brush = () => ({ width: at("brush").valueAsNumber, colour: channels === 1 ? shade() : at("colour").value });
   const pad = new Pad(at("pad"), channels, brush, (since) => {
     at("undo").disabled = !pad.undoable;
+    at("hint").hidden = true;
+    caption = "";
     latents.channel.put(encode, show, since);
   });
+  // Screen readers wait with the figures until the stroke is drawn.
+  for (const [kind, isBusy] of [["pointerdown", true], ["pointerup", false], ["pointercancel", false]])
+    at("pad").addEventListener(kind, () => at("figures").setAttribute("aria-busy", isBusy));
   for (const name of ["undo", "clear", "invert"]) at(name).addEventListener("click", () => pad[name]());
   at("choose").addEventListener("click", () => at("file").click());
-  at("file").addEventListener("change", async () => {
-    const [file] = at("file").files;
+  at("file").addEventListener("change", () => {
+    openFile(at("file").files);
     at("file").value = ""; // so that the same file may be chosen again
-    if (file?.size > model.most_bytes) report(`${file.name} has more than ${model.most_bytes / 1e6} MB`);
-    else if (file) await fetched(pad, ask("upload", file));
   });
-  at("borrow").addEventListener("click", () => fetched(pad, ask(`image?number=${anyImage()}`)));
-}
+  document.addEventListener("dragover", (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
+  document.addEventListener("drop", (event) => {
+    if (event.dataTransfer.files.length > 0) event.preventDefault(); // or the browser would leave the page for the file
+    openFile(event.dataTransfer.files);
+  });
+  document.addEventListener("paste", (event) => openFile(event.clipboardData.files));
+  at("borrow").addEventListener("click", () => {
+    const number = anyImage();
+    bring(ask(`image?number=${number}`), (image) => `Test image ${number}${ofClass(image)}. `);
+  });
 
-/** Shows a picture on the pad when it comes. */
-async function fetched(pad, answer) {
-  try {
-    pad.show((await answer).pixels);
-  } catch (error) {
-    report(error.message);
+  function openFile([file]) {
+    if (file?.size > model.most_bytes) report(`${file.name} has more than ${model.most_bytes / 1e6} MB`);
+    else if (file) bring(ask("upload", file), () => `${file.name}. `);
+  }
+
+  /** Shows a picture on the pad when it comes, and what `name` calls it. */
+  async function bring(answer, name) {
+    try {
+      const image = await answer;
+      pad.show(image.pixels);
+      caption = name(image);
+    } catch (error) {
+      report(error.message);
+    }
   }
 }
 
+/** Calls `then` when a field gets a number that it may have; any other is refused in words, and the field has its former one. */
+function whenNumbered(field, then) {
+  field.addEventListener("input", () => report("")); // what was said of the number before
+  field.addEventListener("change", (event) => {
+    if (!field.checkValidity()) {
+      report(`${field.labels[0].textContent}: it must be a whole number in ${field.min} … ${Number(field.max).toLocaleString("en")}`);
+      field.value = field.defaultValue;
+    } else {
+      field.defaultValue = field.value;
+      then(event);
+    }
+  });
+}
+
 const askPicture = (latents) => ask("decode", JSON.stringify({ latents }), "application/json");
+const ofClass = (image) => (image.label === null ? "" : `, class ${image.label}`);
 const anyImage = () => Math.floor(Math.random() * model.images);
 
 /** Two test images, a picture anywhere on the straight line between their posterior means, and steps on that line. */
@@ -182,9 +224,10 @@ function beginBetween() {
     for (const [i, id] of ids.entries()) {
       const number = at(id).value;
       if (ends[i]?.number === number) continue;
-      const { latents, pixels } = await ask(`image?number=${number}`);
-      ends[i] = { number, latents };
-      paint(at(`${id}-image`), pixels);
+      const image = await ask(`image?number=${number}`);
+      ends[i] = { number, latents: image.latents };
+      paint(at(`${id}-image`), image.pixels);
+      at(`${id}-class`).textContent = ofClass(image);
       if (ends.length === 2) steps.put(fillStrip, () => {});
     }
     return pictureAt(at("share").valueAsNumber);
@@ -195,12 +238,16 @@ function beginBetween() {
   }
 
   const show = (answer) => paint(at("middle"), answer.pixels);
-  const changed = (event) => channel.put(picture, show, event?.timeStamp);
+  function changed(event) {
+    at("place").textContent = `, ${Math.round(100 * at("share").value)} %`;
+    channel.put(picture, show, event?.timeStamp);
+  }
+
   for (const [i, id] of ids.entries()) {
-    Object.assign(at(id), { max: model.images - 1, value: Math.min(i, model.images - 1) });
-    at(id).addEventListener("change", changed);
+    Object.assign(at(id), { max: model.images - 1, defaultValue: Math.min(i, model.images - 1) });
+    whenNumbered(at(id), changed);
     at(`${id}-other`).addEventListener("click", (event) => {
-      at(id).value = anyImage();
+      at(id).value = at(id).defaultValue = anyImage();
       changed(event);
     });
   }

@@ -12,7 +12,6 @@ from PIL import Image, UnidentifiedImageError
 
 from vae_dist.config import Config, InputError
 from vae_dist.pace import PARTS
-from vae_dist.provenance import read_starts
 from vae_dist.run import RunFolder
 from vae_dist.tracking import Row, read_rows
 
@@ -92,7 +91,7 @@ def read(path: Path, name: str) -> Facts:
         rows=_with_minutes([_checked(row, run.metrics, config.model.latent_dim) for row in read_rows(run.metrics)]),
         pictures=_pictures(run.images),
         evaluation=_evaluation(run.evaluation),
-        starts=read_starts(run),
+        starts=run.read_starts(),
     )
 
 
