@@ -9,7 +9,7 @@ MULTI_OUTPUT = runs/$(basename $(notdir $(CONFIG)))$(subst train,,$@)
 TRAIN = -m vae_dist.train --config $(CONFIG)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-browser test-programs test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling docs notebook package verify reproduce check format lock clean
+.PHONY: help setup train train-mnist train-multi-cpu train-multi-gpu doctor test test-browser test-programs test-mnist test-crash test-cluster test-slurm test-launch bench bench-data bench-networks batch-size communication scaling docs notebook lesson package verify reproduce check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -115,6 +115,9 @@ build/npm: Makefile
 
 notebook: setup ## run examples/lesson.ipynb to its end, on MNIST too where VAE_DIST_DATA has it; some two minutes
 	$(BIN)/python -m pytest -rs -m slow tests/test_notebook.py -o addopts="--strict-markers --strict-config"
+
+lesson: setup ## run examples/lesson.ipynb and keep in it what it shows
+	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=$(CURDIR) $(BIN)/python -m tests.lesson
 
 package: setup ## build sdist and wheel into dist/, check them, and use the wheel from an empty folder; some two minutes
 	rm -rf dist

@@ -1,28 +1,41 @@
 """examples/lesson.ipynb runs to its end, as it lies in the repository, on embedded digits and on MNIST."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests.helpers import ROOT
+from tests.lesson import LESSON, executed
 from vae_dist.run import RunFolder
-
-LESSON = ROOT / "examples" / "lesson.ipynb"
 
 
 def outputs(notebook: Any) -> list[Any]:
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def test_it_is_kept_without_what_it_printed() -> None:
+def printed(notebook: Any) -> str:
+    return "".join(output.text for output in outputs(notebook) if output.output_type == "stream")
+
+
+def pictures(notebook: Any) -> list[str]:
+    return [output.data["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+def words(notebook: Any) -> list[str]:
+    """What it printed, but for what differs between machines: figures, bars of them, places, and the machine's own name."""
+    return re.findall(r"[a-zA-Z_]{3,}", re.sub(r"^vae_dist .*$|\S*/\S*", "", printed(notebook), flags=re.MULTILINE))
+
+
+def test_it_is_kept_with_what_it_shows_and_nothing_of_the_machine_it_ran_on() -> None:
     notebook = nbformat.read(LESSON, as_version=4)
     nbformat.validate(notebook)
-    assert outputs(notebook) == []
-    assert all(cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    assert len(pictures(notebook)) == 4
+    assert all(output.get("name") != "stderr" for output in outputs(notebook))
+    assert re.findall(r"(?<![\w/])/\w+|Warning", printed(notebook)) == []
 
 
 @pytest.mark.slow
@@ -33,15 +46,11 @@ def test_it_runs_to_its_end(data: str, tmp_path: Path, request: pytest.FixtureRe
     else:
         monkeypatch.delenv("VAE_DIST_DATA", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    notebook = nbformat.read(LESSON, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    notebook = executed(tmp_path)
     run = RunFolder(tmp_path / "runs" / "lesson")
     assert run.state() == "finished"
-    pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
-    assert len(pictures) == 4
-    texts = [output.text for output in outputs(notebook) if output.output_type == "stream"]
-    warnings = [
-        text for text in texts if "Warning" in text and "ipywidgets" not in text
-    ]  # tqdm asks for that, through huggingface_hub
-    assert warnings == []
-    assert "ok: the same weights in bitwise mode, to the bit" in "".join(texts)
+    assert len(pictures(notebook)) == 4
+    assert "ok: the same weights in bitwise mode, to the bit" in printed(notebook)
+    if data == "glyphs":
+        kept = nbformat.read(LESSON, as_version=4)
+        assert set(words(notebook)) == set(words(kept)), "what is kept is old: make lesson"
