@@ -31,7 +31,7 @@ def test_the_command_writes_what_computes_the_same(trained: Path, command: Calla
         torch.testing.assert_close(run(tmp_path / "decoder.onnx", latents=latents), [model.decode(latents)])
     assert outcome.out.count("from the model itself") == 2
     for file in tmp_path.iterdir():
-        assert b".py" not in file.read_bytes(), "no place of this machine"
+        assert b"vae_dist/" not in file.read_bytes(), "no place of this machine"
 
 
 @pytest.mark.slow

@@ -64,6 +64,13 @@ def test_own_parts_give_the_same_bytes_at_one_and_at_two_processes(tmp_path: Pat
     assert said[0].endswith("of 100")
 
 
+def test_a_main_that_returns_nothing_has_done_well() -> None:
+    for result, status in ((None, 0), (75, 75)):
+        with pytest.raises(SystemExit) as end:
+            vae_dist.run_entry_point(lambda: result)  # noqa: B023  # called at once
+        assert end.value.code == status
+
+
 @pytest.mark.slow
 def test_what_is_wrong_on_one_process_alone_is_told_once_and_ends_all(tmp_path: Path) -> None:
     done = launch("tests.own_program", tmp_path, processes=2, WRONG_ON_RANK="1")

@@ -23,9 +23,9 @@ PROGRAM = """
 import torch, vae_dist
 from tests.own_program import build
 {change}
-before = {asked}
+before = ({asked})
 vae_dist.measure(build(), torch.rand(9, 28, 28))
-assert {asked} == before
+assert ({asked}) == before
 """
 
 
@@ -56,7 +56,10 @@ def test_whether_tiny_numbers_are_flushed_is_afterwards_as_it_was(flushes: bool)
     [
         ("torch.set_float32_matmul_precision('medium')", "torch.get_float32_matmul_precision()"),
         ("torch.backends.cuda.matmul.allow_tf32 = True", "torch.backends.cuda.matmul.allow_tf32"),
-        ("torch.backends.fp32_precision = 'tf32'", "torch.backends.cuda.matmul.fp32_precision"),
+        (
+            "torch.backends.fp32_precision = 'tf32'; torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+            "torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision",
+        ),
     ],
 )
 def test_how_exact_products_are_is_afterwards_as_it_was_in_torchs_old_way_or_its_new_one(change: str, asked: str) -> None:

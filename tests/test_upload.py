@@ -72,7 +72,7 @@ def test_the_card_says_what_was_measured(trained: Path, small_root: Path, comman
     assert "license" not in card
     (run / "evaluation.json").write_text(json.dumps(found | {"weights_sha256": "of weights of an earlier epoch"}))
     outcome = command("upload", run, "--out", tmp_path / "stale")
-    assert "evaluation.json: is of other weights, and left out" in outcome.out
+    assert "evaluation.json: does not say that it is of the run's weights" in outcome.out
     assert not (tmp_path / "stale" / "evaluation.json").exists()
     assert "importance-weighted" not in (tmp_path / "stale" / "README.md").read_text()
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn, TypeVar
@@ -20,6 +21,8 @@ from vae_dist.config import ImagesLost, InputError
 from vae_dist.options import is_spokesman
 
 T = TypeVar("T")
+
+_SECONDS_TO_SPEAK = 1.0  # for the process that does: the launcher ends all as soon as one has left
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -134,16 +137,14 @@ def _is_lost_peer(error: BaseException) -> bool:
     return by_gloo or isinstance(error, (dist.DistError, LostPeer))
 
 
-def run_entry_point(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and exits with its status; an error that the user can do something about is one line, and status 2 or 1.
-
-    One of several processes leaves when all have done their work.
+def run_entry_point(main: Callable[[], int | None]) -> NoReturn:
+    """Runs `main` and exits with the status it returns, None being 0; an error that the user can do something about is one
+    line, and status 2 or 1. One of several processes leaves when all have done their work.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # where the locale has no ± or …
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the locale has no ± or …
     try:
-        status = main()
+        status = main() or 0
     except (InputError, OSError, RuntimeError) as error:
         is_input = isinstance(error, (InputError, OSError))
         is_own = isinstance(error, (OSError, ImagesLost)) or _is_lost_peer(error)  # others may not know, or not be any more
@@ -151,6 +152,8 @@ def run_entry_point(main: Callable[[], int]) -> NoReturn:
             raise
         if is_spokesman() or is_own:  # what all ranks know is said once
             print(f"error: {in_words(error)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SECONDS_TO_SPEAK)
         status = EXIT_BAD_INPUT if is_input else EXIT_FAILED
     except KeyboardInterrupt:
         status = EXIT_AT_ONCE

@@ -193,7 +193,7 @@ def measure(model: VAE, images: OwnImages, iw_samples: int = 0, seed: int = 0) -
     with surroundings_kept():
         accelerator = start()
         found = together(accelerator, lambda: own_images(images, "images"))
-        is_binary = is_black_and_white(found)
+        is_binary = together(accelerator, lambda: is_black_and_white(found))
         found = on_device(found, "images", DataConfig(), accelerator, train=False, shape=model.image_shape)
         mine = copy.deepcopy(model).eval().to(accelerator.device)
         return figures(mine, found, accelerator, seed, is_binary, iw_samples)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from vae_dist import checkpoint
 from vae_dist.callbacks import Callback
 from vae_dist.config import Config, InputError, ModelConfig
-from vae_dist.data.images import Images
+from vae_dist.data.images import Images, Resident
 from vae_dist.data.own import OwnImages, is_black_and_white, own_images
 from vae_dist.distributed import (
     EXIT_FAILED,
@@ -59,7 +59,8 @@ def fit(
     Called in one process, or in each of those that `accelerate launch` or torchrun started, which then share the work: the
     batch is global, and the figures are the same at any number of them. A run that lies in `config.output` goes on; a finished
     one returns at once. `train` and `test` are what `vae_dist.data.own.own_images` takes; without them, the set that
-    `config.data` names. `model` is a function that builds the model; torch's generator is seeded when it is called.
+    `config.data` names. Where all pixels of tensors or items are black or white, `data.binarize` is static, which leaves them
+    so. `model` is a function that builds the model; torch's generator is seeded when it is called.
     Raises InputError, a ValueError, where config, images, model or folder cannot be used; TrainingFailed, a RuntimeError, where
     the loss is no number any more; the same one on all processes.
     """
@@ -131,7 +132,7 @@ def _described(config: Config, own: tuple[Images, Images] | None, built: VAE | N
     if own is not None:
         config = replace(config, data=replace(config.data, name="own"))
         takes_binary = config.model.likelihood in ("bernoulli", "own") and config.data.binarize == "none"
-        if takes_binary and all(map(is_black_and_white, own)):
+        if takes_binary and all(isinstance(side, Resident) and is_black_and_white(side) for side in own):
             config = replace(config, data=replace(config.data, binarize="static"))  # which leaves them as they are
     tracking = replace(config.tracking, group=config.tracking.group or config.data.name)
     return replace(config, output=config.output or f"runs/{config.data.name}", tracking=tracking)

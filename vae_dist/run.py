@@ -137,6 +137,18 @@ class RunFolder:
                     raise InputError(f"{self.starts}: line {number} does not tell of a start; mend or remove it") from None
         return starts
 
+    def read_evaluation(self) -> dict[str, Any]:
+        """What evaluation.json holds; empty where there is none. Raises InputError where it is not what evaluate writes."""
+        try:
+            found = json.loads(self.evaluation.read_text())
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{self.evaluation}: not what vae_dist.evaluate writes; remove it and evaluate again")
+        return found
+
     def save_model(self, config: Config, model: VAE) -> None:
         """Writes the final weights and their description: all that anybody needs to use the model."""
         weights = checkpoint.to_bytes(model.state_dict())
@@ -152,6 +164,16 @@ class RunFolder:
 
     def has_wandb(self) -> bool:
         return self._wandb_id.is_file()
+
+
+def evaluation_of(run: RunFolder, model: VAE) -> dict[str, Any]:
+    """What evaluation.json holds; empty, which is said, where it does not say that it is of this model's weights."""
+    found = run.read_evaluation()
+    if found and found.get("weights_sha256") != weights_digest(model):
+        words = "does not say that it is of the run's weights, and is left out; evaluate the run again"
+        print(f"{run.evaluation}: {words}", flush=True)
+        return {}
+    return found
 
 
 def weights_digest(model: VAE) -> str:

@@ -32,7 +32,11 @@ from vae_dist.distributed import require_same, say
 _MEETING = "after-restart"  # a scheme of addresses, for torch
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _CUDNN: Any = torch.backends.cudnn
-_FP32_MODES: tuple[Any, ...] = (torch.backends, _CUDNN, torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn)  # the widest first
+_MKLDNN: Any = torch.backends.mkldnn
+_FP32_MODES: tuple[Any, ...] = (
+    *(torch.backends, _CUDNN, _MKLDNN),  # the widest first
+    *(torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn, _MKLDNN.matmul, _MKLDNN.conv, _MKLDNN.rnn),
+)
 _PRECISIONS = {"fp32": "no", "tf32": "no", "fp16": "fp16", "bf16": "bf16"}
 # The loss is a sum over the global batch: torch's first scale of 65536 would overflow fp16 for dozens of steps.
 _FP16_SCALE_PER_BATCH = 8192.0
@@ -139,7 +143,9 @@ def tf32() -> Iterator[None]:
 def surroundings_kept() -> Iterator[None]:
     """Afterwards the process is as it was: signal handlers, threads, torch's modes, and any Accelerator of the caller."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     flushes_denormal = bool(torch.full((64,), 1e-40).mul(1.0).max() == 0)
     wandb_folder = os.environ.get("WANDB_DATA_DIR")
     states = AcceleratorState._shared_state, GradientState._shared_state
@@ -155,7 +161,8 @@ def surroundings_kept() -> Iterator[None]:
             state.update(content)
         os.environ.pop("WANDB_DATA_DIR", None)
         os.environ |= {} if wandb_folder is None else {"WANDB_DATA_DIR": wandb_folder}
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushes_denormal)
         if threading.current_thread() is threading.main_thread():

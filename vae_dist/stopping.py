@@ -1,5 +1,6 @@
 """Stopping together: one rank is told to, by a signal or the time limit, and all leave after the same step."""
 
+import os
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from vae_dist.distributed import sum_over_ranks
+from vae_dist.options import is_spokesman
 
 _SECONDS_BETWEEN_MEETINGS = 1.0
 
@@ -39,6 +41,8 @@ class Stopping:
         self._is_told = True
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if is_spokesman():  # past Python's buffers, which the signal may have found half written
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again leaves at once\n")
 
     def is_agreed(self, step: int, at_once: bool = False) -> bool:
         """Whether all ranks stop after `step`. Called by all, with the same arguments; waits for the device if they meet."""

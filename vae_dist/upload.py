@@ -20,7 +20,7 @@ from vae_dist.distributed import run_entry_point
 from vae_dist.likelihoods import remark
 from vae_dist.model import VAE
 from vae_dist.options import command_line, flat, to_mapping, to_yaml, without_places
-from vae_dist.run import RunFolder, load_model, weights_digest
+from vae_dist.run import RunFolder, evaluation_of, load_model
 from vae_dist.tracking import Row, read_rows
 
 _FILES = ("model.safetensors", "metrics.jsonl")
@@ -87,11 +87,7 @@ def collect(options: Options, folder: Path) -> None:
         picture = run.images / f"{name}_{tests[-1]['epoch']}.png"
         if picture.is_file():
             shutil.copyfile(picture, folder / f"{name}.png")
-    evaluation = json.loads(run.evaluation.read_text()) if run.evaluation.is_file() else {}
-    if evaluation and evaluation.get("weights_sha256") != weights_digest(model):
-        print(f"{run.evaluation}: is of other weights, and left out; evaluate the run again", flush=True)
-        evaluation = {}
-    if evaluation:
+    if evaluation := evaluation_of(run, model):
         shutil.copyfile(run.evaluation, folder / run.evaluation.name)
     (folder / "README.md").write_text(card(options, public, model, tests[-1], evaluation, folder), encoding="utf-8")
 

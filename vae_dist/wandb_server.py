@@ -34,10 +34,10 @@ def _wandb_url() -> str:
 
 def _setting(name: str, variable: str) -> str:
     """What the environment says, else W&B's settings files: this folder's before the user's, where `wandb login` puts it."""
-    files = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings", Path("wandb/settings")
+    folders = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb"), "wandb"
     found = configparser.ConfigParser(interpolation=None)
     try:
-        found.read(files, encoding="utf-8")
+        found.read([Path(folder, "settings") for folder in folders], encoding="utf-8")
     except (configparser.Error, OSError, ValueError):
         found.clear()  # W&B takes them for empty then
     return os.environ.get(variable, "") or str(found.get("default", name, fallback=""))

@@ -24,7 +24,7 @@ from vae_dist.report.facts import Facts, read
 from vae_dist.report.insight import look
 from vae_dist.report.page import MARK, page
 from vae_dist.report.sections import Subject
-from vae_dist.run import load_model, weights_digest
+from vae_dist.run import RunFolder, evaluation_of, load_model
 from vae_dist.starting import start
 
 
@@ -97,9 +97,7 @@ def subject(run: Facts, root: str | None, accelerator: Accelerator) -> Subject:
     try:
         model, _ = load_model(run.path)
         shape = model.image_shape
-        if run.evaluation and run.evaluation.get("weights_sha256") != weights_digest(model):
-            print(f"{run.path}: evaluation.json is of other weights, and left out; evaluate the run again", flush=True)
-            run = replace(run, evaluation={})
+        run = replace(run, evaluation=evaluation_of(RunFolder(run.path), model))
         data = replace(run.config.data, root=root or run.config.data.root)
         images = load_images(data, accelerator, train=False, shape=shape)
         if run.starts and (trained := run.starts[-1]["data"]["test"]["sha256"]) != images.digest():

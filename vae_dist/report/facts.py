@@ -1,7 +1,6 @@
 """What a run's folder says of the run, read and checked once."""
 
 import io
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def read(path: Path, name: str) -> Facts:
         status=run.status(),
         rows=_with_minutes([_checked(row, run.metrics, config.model.latent_dim) for row in read_rows(run.metrics)]),
         pictures=_pictures(run.images),
-        evaluation=_evaluation(run.evaluation),
+        evaluation=_evaluation(run),
         starts=run.read_starts(),
     )
 
@@ -157,15 +156,10 @@ def _picture(file: Path, epoch: int) -> Picture:
         raise InputError(f"{file}: not a PNG picture ({error}); remove it") from None
 
 
-def _evaluation(file: Path) -> dict[str, Any]:
+def _evaluation(run: RunFolder) -> dict[str, Any]:
     """Empty where the run was not evaluated."""
-    try:
-        found = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError):
-        found = None
-    names = ("nll", "nll_stderr", "active_units")
-    if not isinstance(found, dict) or any(found.get(name) is not None and not _is_number(found[name]) for name in names):
-        raise InputError(f"{file}: not what vae_dist.evaluate writes; remove it and evaluate again")
+    found = run.read_evaluation()
+    for name in ("nll", "nll_stderr", "active_units"):
+        if found.get(name) is not None and not _is_number(found[name]):
+            raise InputError(f"{run.evaluation}: {name} is no number; remove it and evaluate again")
     return found
