@@ -57,7 +57,7 @@ doctor: setup ## look for what would keep CONFIG from training here, in one proc
 	$(BIN)/python -m vae_dist.doctor --config $(CONFIG) $(ARGS)
 
 test: setup ## run the tests, some at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 test-browser: setup ## open the pages that vae_dist makes in a real browser (Debian's package chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rs tests/test_*_page.py -o addopts="--strict-markers --strict-config"
