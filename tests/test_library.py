@@ -64,11 +64,11 @@ def test_own_parts_give_the_same_bytes_at_one_and_at_two_processes(tmp_path: Pat
     assert said[0].endswith("of 100")
 
 
-def test_a_main_that_returns_nothing_has_done_well() -> None:
-    for result, status in ((None, 0), (75, 75)):
-        with pytest.raises(SystemExit) as end:
-            vae_dist.run_entry_point(lambda: result)  # noqa: B023  # called at once
-        assert end.value.code == status
+@pytest.mark.parametrize(("result", "status"), [(None, 0), (75, 75)])
+def test_a_main_that_returns_nothing_has_done_well(result: int | None, status: int) -> None:
+    with pytest.raises(SystemExit) as end:
+        vae_dist.run_entry_point(lambda: result)
+    assert end.value.code == status
 
 
 @pytest.mark.slow

@@ -117,25 +117,11 @@ class RunFolder:
         return (status.get("state"), status.get("step"), status.get("steps")) == ("finished", step, steps)
 
     def read_starts(self) -> list[dict[str, Any]]:
-        """What each job was, the first first; a last line that a kill cut short is left out. Empty for a run that was
-        trained before there was such a file. Raises InputError where another line is none of it.
+        """What each job was, the first first; empty for a run that was trained before there was such a file.
+
+        Raises InputError as `read_lines` does.
         """
-        if not self.starts.is_file():
-            return []
-        starts = []
-        lines = self.starts.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                start = json.loads(line)
-                images = [start["data"]["train"], start["data"]["test"]]
-                is_known = all(type(each["n"]) is int and isinstance(each["sha256"], str) for each in images)
-                if not is_known or not all(isinstance(start[name], kind) for name, kind in _OF_A_START.items()):
-                    raise ValueError
-                starts.append(start)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                if number < len(lines) or line.endswith(b"\n"):
-                    raise InputError(f"{self.starts}: line {number} does not tell of a start; mend or remove it") from None
-        return starts
+        return read_lines(self.starts, _checked_start, "does not tell of a start")
 
     def read_evaluation(self) -> dict[str, Any]:
         """What evaluation.json holds; empty where there is none. Raises InputError where it is not what evaluate writes."""
@@ -164,6 +150,33 @@ class RunFolder:
 
     def has_wandb(self) -> bool:
         return self._wandb_id.is_file()
+
+
+def read_lines(file: Path, checked: Callable[[Any], dict[str, Any]], complaint: str) -> list[dict[str, Any]]:
+    """What `checked` makes of the JSON in each line, but for a last one that a kill cut short; empty where there is no file.
+
+    Raises InputError, with the complaint, at another line that is no JSON, or for which `checked` raises a ValueError, KeyError
+    or TypeError.
+    """
+    if not file.is_file():
+        return []
+    found = []
+    lines = file.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(checked(json.loads(line)))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines) or line.endswith(b"\n"):
+                raise InputError(f"{file}: line {number} {complaint}; mend or remove it") from None
+    return found
+
+
+def _checked_start(start: Any) -> dict[str, Any]:
+    images = [start["data"]["train"], start["data"]["test"]]
+    is_known = all(type(each["n"]) is int and isinstance(each["sha256"], str) for each in images)
+    if not is_known or not all(isinstance(start[name], kind) for name, kind in _OF_A_START.items()):
+        raise ValueError
+    return dict(start)
 
 
 def evaluation_of(run: RunFolder, model: VAE) -> dict[str, Any]:

@@ -160,7 +160,8 @@ def surroundings_kept() -> Iterator[None]:
             state.clear()
             state.update(content)
         os.environ.pop("WANDB_DATA_DIR", None)
-        os.environ |= {} if wandb_folder is None else {"WANDB_DATA_DIR": wandb_folder}
+        if wandb_folder is not None:
+            os.environ["WANDB_DATA_DIR"] = wandb_folder
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         torch.set_num_threads(threads)

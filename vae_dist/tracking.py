@@ -12,9 +12,9 @@ from accelerate import Accelerator
 
 from vae_dist.charts import Closeup
 from vae_dist.checkpoint import naming, write_atomically
-from vae_dist.config import Config, InputError
+from vae_dist.config import Config
 from vae_dist.posterior import COLLAPSED
-from vae_dist.run import RunFolder
+from vae_dist.run import RunFolder, read_lines
 from vae_dist.wandb_run import WandbRun
 
 Row = dict[str, Any]
@@ -97,18 +97,11 @@ class RunTracker(Tracker):
 
 
 def read_rows(metrics: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out. Raises InputError where another is no row."""
-    if not metrics.is_file():
-        return []
-    rows = []
-    lines = metrics.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if type(row["step"]) is not int or type(row["epoch"]) is not int or not math.isfinite(row["loss"]):
-                raise ValueError
-            rows.append(row | {"split": str(row["split"])})
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number < len(lines) or line.endswith(b"\n"):
-                raise InputError(f"{metrics}: line {number} is not a row of a run; mend or remove it") from None
-    return rows
+    """The rows of a metrics.jsonl. Raises InputError as `read_lines` does."""
+    return read_lines(metrics, _checked_row, "is not a row of a run")
+
+
+def _checked_row(row: Any) -> Row:
+    if type(row["step"]) is not int or type(row["epoch"]) is not int or not math.isfinite(row["loss"]):
+        raise ValueError
+    return {**row, "split": str(row["split"])}
